@@ -1,0 +1,1 @@
+"""Attention backends behind one interface, and the opaque op through which models call them."""

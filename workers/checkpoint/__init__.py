@@ -1,0 +1,1 @@
+"""Reading checkpoints: GGUF conversion, model resolution."""

@@ -1,0 +1,114 @@
+"""The engine's configuration: one flat set of fields, named as vLLM's ``LLM`` arguments where it has them.
+
+Imports neither torch nor transformers. A field that is not listed here is refused with the nearest valid name;
+nothing is silently ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal, Self
+
+import pydantic
+
+from workers.errors import ConfigError
+
+
+class EngineConfig(pydantic.BaseModel):
+    """Everything one engine needs to know.
+
+    Attributes:
+        model: Local checkpoint folder, name of an imported model, or Hugging Face repo id.
+        tokenizer: Folder of the tokenizer if it is not the model's.
+        skip_tokenizer_init: Serve token ids only; no tokenizer is read.
+        load_format: ``auto`` streams safetensors; ``dummy`` makes random weights from config.json alone.
+        dtype: ``auto`` takes the checkpoint's.
+        device: ``auto`` takes CUDA where there is one.
+        seed: Seeds requests without a seed of their own, and dummy weights.
+        max_model_len: Longest prompt plus output, in tokens; None takes the model's.
+        block_size: Tokens per KV block.
+        num_gpu_blocks_override: KV blocks (of the device in use, CPU included) instead of sizing by memory.
+        gpu_memory_utilization: Share of the device's memory for weights, activations and KV cache (CUDA).
+        kv_cache_memory_bytes: Memory for the KV cache instead of sizing by ``gpu_memory_utilization``; on a
+            CPU the default is 1 GiB, or the size of ``max_num_seqs`` full contexts if that is less.
+        enable_prefix_caching: Reuse the KV of full blocks that an earlier request computed.
+        max_num_seqs: Most requests in a step.
+        max_num_batched_tokens: Most tokens in a step, decodes and prefill chunks together.
+        num_threads: CPU threads of the engine; None leaves torch's default.
+        enforce_eager: No compilation and no graphs, whatever else is set.
+        attention_backend: ``auto`` takes the best one for the device.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = pydantic.Field(default=None, gt=0)
+    block_size: int = pydantic.Field(default=16, ge=1, le=256)
+    num_gpu_blocks_override: int | None = pydantic.Field(default=None, ge=2)
+    gpu_memory_utilization: float = pydantic.Field(default=0.9, gt=0, le=1)
+    kv_cache_memory_bytes: int | None = pydantic.Field(default=None, gt=0)
+    enable_prefix_caching: bool = True
+    max_num_seqs: int = pydantic.Field(default=256, ge=1)
+    max_num_batched_tokens: int = pydantic.Field(default=8192, ge=1)
+    num_threads: int | None = pydantic.Field(default=None, ge=1)
+    enforce_eager: bool = False
+    attention_backend: str = "auto"
+
+    @classmethod
+    def create(cls, **fields: Any) -> Self:
+        """Validate keyword arguments.
+
+        Raises:
+            ConfigError: One sentence per problem; an unknown name is answered with the nearest valid one.
+        """
+        try:
+            return cls(**fields)
+        except pydantic.ValidationError as error:
+            raise ConfigError(describe_validation_error(error, cls)) from None
+
+
+def describe_validation_error(error: pydantic.ValidationError, model: type[pydantic.BaseModel]) -> str:
+    """Turn pydantic's report into sentences that say which key to change, and to what."""
+    return " ".join(_sentence(item, model) for item in error.errors())
+
+
+def _sentence(item: Any, model: type[pydantic.BaseModel]) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{path}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})."
+    names = _fields_at(model, item["loc"][:-1])
+    near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(sorted(names))}."
+    return f"{path}: unknown key; {hint}"
+
+
+def _fields_at(model: type[pydantic.BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    """Field names of the nested model that ``loc`` leads to."""
+    current: Any = model
+    for part in loc:
+        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, pydantic.BaseModel)):
+            continue
+        field = current.model_fields.get(str(part))
+        if field is None:
+            break
+        current = _nested_model(field.annotation)
+    if isinstance(current, type) and issubclass(current, pydantic.BaseModel):
+        return list(current.model_fields)
+    return list(model.model_fields)
+
+
+def _nested_model(annotation: Any) -> Any:
+    """The pydantic model inside ``X``, ``X | None``, ``list[X]`` or ``dict[str, X]``."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation
+    for arg in getattr(annotation, "__args__", ()):
+        found = _nested_model(arg)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""The graph layer: forward context, captured graphs, dispatch."""

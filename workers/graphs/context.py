@@ -1,0 +1,58 @@
+"""The forward context: what a compiled or captured model needs to know about the step it runs in.
+
+A captured graph and a compiled piece cannot take attention metadata as arguments without baking its shapes in,
+so the attention op reads it from here. There is one writer, :func:`set_forward_context`, and it is a ``with``
+block that restores the previous context even after an exception. Knows nothing about models or schedulers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(slots=True)
+class ForwardContext:
+    """State of one forward pass.
+
+    Attributes:
+        attn_backend: The attention backend (``workers.attention.base.AttentionBackend``) that runs the op.
+        attn_metadata: That backend's metadata for this batch, or None in a profiling run, in which attention
+            writes zeros and touches no cache.
+        kv_caches: KV cache per layer, indexed by the op's ``layer`` argument.
+    """
+
+    attn_backend: Any
+    attn_metadata: Any
+    kv_caches: Sequence[torch.Tensor]
+
+
+_current: ForwardContext | None = None
+
+
+@contextlib.contextmanager
+def set_forward_context(context: ForwardContext) -> Iterator[ForwardContext]:
+    """Make ``context`` current inside the ``with`` block."""
+    global _current
+    previous = _current
+    _current = context
+    try:
+        yield context
+    finally:
+        _current = previous
+
+
+def get_forward_context() -> ForwardContext:
+    """The current context; asserts that a ``with set_forward_context(...)`` block is open."""
+    assert _current is not None, "no forward context: call the model inside set_forward_context()"
+    return _current
+
+
+def is_forward_context_available() -> bool:
+    """Whether a ``with set_forward_context(...)`` block is open."""
+    return _current is not None

@@ -1,0 +1,1 @@
+"""Continuous batching and the block pool: bookkeeping without tensors."""
