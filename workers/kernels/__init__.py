@@ -1,0 +1,1 @@
+"""Numerical kernels: the small operations around attention and the linear layer, on any device."""
