@@ -1,0 +1,1 @@
+"""Everything that knows Ray, HTTP or storage: ingress, routing, replicas, configuration, command line."""

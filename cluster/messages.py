@@ -1,0 +1,84 @@
+"""Messages between ingress and replica, in one place. Plain dataclasses, pickled by Ray.
+
+A request travels as :class:`GenerateRequest`; tokens come back as one :class:`StepMessage` per engine step and
+ingress, which carries every request's chunk and the replica's state, because a message costs hundreds of
+microseconds whatever its size. Knows nothing about Ray, HTTP or tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from workers.outputs import TokenChunk
+from workers.sampling_params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One completion of one prompt. Filled by the API layer; ``params.n`` is 1.
+
+    Attributes:
+        request_id: Unique in the cluster.
+        prompt_token_ids: The prompt.
+        params: Sampling parameters.
+        resume_token_ids: Output tokens that an earlier replica already produced and that the client has: they
+            are not produced again, and sampling goes on after them.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    resume_token_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """A replica's load after a step. Filled by the engine thread, read by routing policies.
+
+    Attributes:
+        num_running: Requests in the batch.
+        num_waiting: Requests queued for it.
+        free_blocks: KV blocks that are free or hold only evictable cached prefixes.
+        total_blocks: KV blocks in all.
+        outstanding_tokens: Prompt tokens still to compute plus one per running request: the work queued.
+        max_num_seqs: Most requests in a batch.
+        step: Number of the engine step that this describes.
+    """
+
+    num_running: int
+    num_waiting: int
+    free_blocks: int
+    total_blocks: int
+    outstanding_tokens: int
+    max_num_seqs: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepMessage:
+    """What one or, to a slow reader, several engine steps produced for one ingress.
+
+    Attributes:
+        chunks: In order; a request may appear more than once if the reader fell behind.
+        state: The replica's state after the last of them.
+    """
+
+    chunks: list[TokenChunk]
+    state: ReplicaState
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SubmitReply:
+    """A replica's answer to a submission.
+
+    Attributes:
+        accepted: Whether the request was queued.
+        retry_after_s: If not accepted because the queue is full: when to try again.
+        error: If not accepted because the request is wrong: one sentence.
+        param: The parameter at fault, if any.
+    """
+
+    accepted: bool
+    retry_after_s: float | None = None
+    error: str | None = None
+    param: str | None = None
