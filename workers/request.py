@@ -1,7 +1,7 @@
 """One request as the engine sees it: token ids, progress and the KV blocks it holds.
 
-Pure bookkeeping. The scheduler is the only writer of everything here, except that the output processor may ask
-the scheduler to finish a request. Knows nothing about tensors, text or transport.
+Pure bookkeeping. The scheduler is the only writer of everything here, except that the output processor may
+ask the scheduler to finish a request. Knows nothing about tensors, text or transport.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Request:
         max_tokens: Most output tokens, resolved against the model's context. Counts resumed tokens too.
         eos_token_ids: The model's end-of-sequence ids; empty when ``params.ignore_eos``.
         arrival_time_s: ``time.monotonic()`` at arrival.
+        seed: Keys the request's random numbers: its own, or one the engine gave it.
         num_computed_tokens: Leading tokens whose KV is in the cache, or will be once the steps already
             scheduled have run. Written by the scheduler at schedule time.
         num_placeholders: Tokens sampled by steps that were scheduled but whose results are not back yet.
@@ -42,6 +43,10 @@ class Request:
         block_hashes: Chained hash per full block of ``token_ids``, computed lazily by the block pool.
         num_cached_tokens: Prompt tokens found in the prefix cache when first scheduled, or None before that.
         num_preemptions: How often the request lost its blocks.
+        max_num_tokens: Length at which the request ends: prompt plus ``max_tokens``, within the model's
+            context. Written by ``Scheduler.add``.
+        resume_after_step: A preempted request waits until the results of this step are back. Written at
+            preemption.
     """
 
     request_id: str
@@ -51,6 +56,7 @@ class Request:
     max_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     arrival_time_s: float = 0.0
+    seed: int = 0
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
     num_placeholders: int = 0
@@ -58,6 +64,8 @@ class Request:
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)
     num_cached_tokens: int | None = None
     num_preemptions: int = 0
+    max_num_tokens: int = 0
+    resume_after_step: int = -1
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 

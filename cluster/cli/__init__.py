@@ -1,0 +1,1 @@
+"""The ``warmgraph`` command: one module per sub-command, all of them thin."""

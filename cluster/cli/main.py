@@ -1,0 +1,43 @@
+"""Entry point of the ``warmgraph`` command: puts the sub-commands together and prints users' errors.
+
+Every sub-command imports what it needs when it runs, so that ``warmgraph --help`` and ``config check`` answer at
+once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from cluster.cli import config as config_command
+from cluster.cli import k8s as k8s_command
+from cluster.cli import model as model_command
+from cluster.cli import serve as serve_command
+from workers.errors import UserError
+
+app = typer.Typer(
+    name="warmgraph",
+    help="A Ray Serve cluster for large language models whose replicas start warm.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve_command.serve)
+app.add_typer(config_command.app)
+app.add_typer(k8s_command.app)
+app.add_typer(model_command.app)
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one sentence on standard error and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", str(error), markup=True, highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""One config file is one whole deployment: models, replicas, HTTP.
+
+Reads YAML into pydantic models; an unknown key is refused with the nearest valid name. Knows the shape of a
+deployment, not how Ray runs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import yaml
+
+from workers.config import EngineConfig, describe_validation_error
+from workers.errors import ConfigError
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class HttpConfig(_Section):
+    """Where and how the API listens.
+
+    Attributes:
+        host: Address to bind; the default is reachable from this machine only.
+        port: TCP port.
+        max_body_bytes: Largest request body; beyond it the answer is 413.
+        ingress_replicas: Processes that parse HTTP and tokenise.
+        ingress_cpus: CPUs that Ray reserves for each of them.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = pydantic.Field(default=8000, ge=1, le=65535)
+    max_body_bytes: int = pydantic.Field(default=8 * 2**20, ge=1024)
+    ingress_replicas: int = pydantic.Field(default=1, ge=1)
+    ingress_cpus: float = pydantic.Field(default=0.1, ge=0)
+
+
+class ReplicaConfig(_Section):
+    """How many engines a model gets, and what each may use.
+
+    Attributes:
+        num_replicas: Engines, each in a process of its own.
+        num_cpus: CPUs that Ray reserves for each.
+        num_gpus: GPUs that Ray reserves for each; a fraction shares a device.
+        max_queued_requests: Requests that may wait in one replica; beyond it the answer is 429.
+        start_timeout_s: Longest time a request waits for a first replica to become ready.
+        health_check_period_s: How often Serve asks a replica whether its engine lives.
+        graceful_shutdown_timeout_s: How long a stopping replica may finish what it runs.
+    """
+
+    num_replicas: int = pydantic.Field(default=1, ge=1)
+    num_cpus: float = pydantic.Field(default=1.0, ge=0)
+    num_gpus: float = pydantic.Field(default=0.0, ge=0)
+    max_queued_requests: int = pydantic.Field(default=256, ge=1)
+    start_timeout_s: float = pydantic.Field(default=60.0, gt=0)
+    health_check_period_s: float = pydantic.Field(default=2.0, gt=0)
+    graceful_shutdown_timeout_s: float = pydantic.Field(default=20.0, ge=0)
+
+
+class RoutingConfig(_Section):
+    """How the ingress picks a replica.
+
+    Attributes:
+        policy: ``least_loaded`` sends a request to the replica with the fewest outstanding tokens;
+            ``round_robin`` takes turns.
+    """
+
+    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+
+
+class ModelDeployment(_Section):
+    """One served model.
+
+    Attributes:
+        name: The ``model`` of the API; also the name of the Serve deployment.
+        engine: The engine's configuration.
+        replicas: Number and resources of its replicas.
+        routing: How requests are spread over them.
+    """
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    engine: EngineConfig
+    replicas: ReplicaConfig = ReplicaConfig()
+    routing: RoutingConfig = RoutingConfig()
+
+
+class DeploymentConfig(_Section):
+    """A whole deployment, as in ``configs/*.yaml``.
+
+    Attributes:
+        name: Name of the Serve application.
+        models: Models served; the API picks one by a request's ``model``.
+        http: The API's address and limits.
+    """
+
+    name: str = pydantic.Field(default="warmgraph", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    models: list[ModelDeployment] = pydantic.Field(min_length=1)
+    http: HttpConfig = HttpConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [model.name for model in self.models]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"models: the name {twice[0]!r} is used twice; give each model its own name")
+        return self
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Validate parsed YAML or JSON.
+
+        Raises:
+            ConfigError: One sentence per problem.
+        """
+        if not isinstance(data, dict):
+            raise ConfigError("The config must be a mapping with the keys 'models' and, optionally, 'name', 'http'.")
+        try:
+            return cls.model_validate(data)
+        except pydantic.ValidationError as error:
+            raise ConfigError(describe_validation_error(error, cls)) from None
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: list[str] | None = None) -> Self:
+        """Read a YAML file, then apply ``key.path=value`` overrides (values are YAML; list items by index).
+
+        Raises:
+            ConfigError: The file cannot be read or parsed, or its contents are wrong; the message names the file.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"Cannot read {path}: {error.strerror}.") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        for override in overrides or []:
+            _apply_override(data, override)
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved config, defaults included, as plain data."""
+        return self.model_dump(mode="json")
+
+
+def _apply_override(data: Any, override: str) -> None:
+    path, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set takes key.path=value, got {override!r}.")
+    *parents, last = path.split(".")
+    target = data
+    for part in parents:
+        target = _descend(target, part, path)
+    parsed = yaml.safe_load(value)
+    if isinstance(target, list):
+        target[_index(target, last, path)] = parsed
+    elif isinstance(target, dict):
+        target[last] = parsed
+    else:
+        raise ConfigError(f"--set {path}: {'.'.join(parents)} is a single value and has no keys.")
+
+
+def _descend(target: Any, part: str, path: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, part, path)]
+    if isinstance(target, dict):
+        return target.setdefault(part, {})
+    raise ConfigError(f"--set {path}: {part!r} lies below a single value.")
+
+
+def _index(items: list[Any], part: str, path: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"--set {path}: {part!r} must be an index from 0 to {len(items) - 1}.")
+    return int(part)

@@ -1,0 +1,42 @@
+"""The one place where the environment is read and written.
+
+Everything else takes its settings from the config. Knows names of variables, nothing about what they configure.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: Variables that the processes of a deployment inherit unless the operator set them.
+#: - OMP_WAIT_POLICY: several engines share cores; spinning OpenMP threads would stop each other for milliseconds.
+#: - RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP: the ingress is asynchronous anyway; one loop saves a thread hop per message.
+#: - RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE, RAY_SERVE_LOG_TO_STDERR: request logs are buffered and kept in files.
+_PROCESS_DEFAULTS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def process_environment() -> dict[str, str]:
+    """The defaults above, with whatever the operator set in their place."""
+    return {name: os.environ.get(name, value) for name, value in _PROCESS_DEFAULTS.items()}
+
+
+def apply_process_environment() -> None:
+    """Export :func:`process_environment` to this process and its children; call before importing Ray."""
+    os.environ.update(process_environment())
+
+
+def ray_temp_dir() -> str | None:
+    """Where Ray puts its sockets and logs (``WARMGRAPH_RAY_TEMP_DIR``), or None for Ray's own choice."""
+    return os.environ.get("WARMGRAPH_RAY_TEMP_DIR")
+
+
+def ray_address() -> str | None:
+    """Address of a running Ray cluster to join (``RAY_ADDRESS``), or None to start one on this machine."""
+    return os.environ.get("RAY_ADDRESS")

@@ -1,0 +1,97 @@
+"""A RayService manifest from a deployment config. Knows Kubernetes' and KubeRay's shapes, talks to no cluster."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import yaml
+
+from cluster.config import DeploymentConfig, ModelDeployment
+from cluster.environment import process_environment
+
+#: Built from this repository; operators push it under a name of their own.
+DEFAULT_IMAGE = "warmgraph:0.1.0"
+_RAY_VERSION = "2.60.0"
+_IMPORT_PATH = "cluster.serving.application:build"
+_GIB = 2**30
+#: Memory of an engine process beyond weights and KV cache, in bytes: torch, Ray, activations.
+_ENGINE_OVERHEAD = 3 * _GIB
+_HEAD_RESOURCES = {"cpu": "2", "memory": "4Gi"}
+
+
+def serve_config(config: DeploymentConfig) -> dict[str, Any]:
+    """The deployment in Ray Serve's own config format (``serve deploy``, ``ServeDeploySchema``)."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": config.http.port},
+        "applications": [
+            {
+                "name": config.name,
+                "route_prefix": "/",
+                "import_path": _IMPORT_PATH,
+                "args": config.to_dict(),
+            }
+        ],
+    }
+
+
+def ray_service(config: DeploymentConfig, image: str) -> dict[str, Any]:
+    """A KubeRay ``RayService`` with one worker group per model.
+
+    Args:
+        config: The deployment.
+        image: Container image with warmgraph installed and the models in its cache or on a volume.
+    """
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": config.name},
+        "spec": {
+            "serveConfigV2": yaml.safe_dump(serve_config(config), sort_keys=False),
+            "rayClusterConfig": {
+                "rayVersion": _RAY_VERSION,
+                "headGroupSpec": {
+                    "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
+                    "template": _pod("ray-head", image, _HEAD_RESOURCES, _HEAD_RESOURCES, config.http.port),
+                },
+                "workerGroupSpecs": [_worker_group(model, image, config) for model in config.models],
+            },
+        },
+    }
+
+
+def _worker_group(model: ModelDeployment, image: str, config: DeploymentConfig) -> dict[str, Any]:
+    replicas = model.replicas
+    cpus = max(1, math.ceil(replicas.num_cpus + config.http.ingress_cpus))
+    memory = _ENGINE_OVERHEAD + (model.engine.kv_cache_memory_bytes or _GIB)
+    requests = {"cpu": str(cpus), "memory": f"{math.ceil(memory / _GIB)}Gi"}
+    limits = dict(requests)
+    if replicas.num_gpus:
+        limits["nvidia.com/gpu"] = str(math.ceil(replicas.num_gpus))
+    return {
+        "groupName": "engine-" + "".join(c if c.isalnum() else "-" for c in model.name.lower()),
+        "replicas": replicas.num_replicas,
+        "minReplicas": replicas.num_replicas,
+        "maxReplicas": replicas.num_replicas,
+        "rayStartParams": {},
+        "template": _pod("ray-worker", image, requests, limits, config.http.port),
+    }
+
+
+def _pod(
+    name: str, image: str, requests: dict[str, str], limits: dict[str, str], http_port: int
+) -> dict[str, Any]:
+    return {
+        "spec": {
+            "containers": [
+                {
+                    "name": name,
+                    "image": image,
+                    "env": [{"name": key, "value": value} for key, value in sorted(process_environment().items())],
+                    "ports": [{"name": "serve", "containerPort": http_port}],
+                    "resources": {"requests": requests, "limits": limits},
+                }
+            ]
+        }
+    }

@@ -1,0 +1,64 @@
+"""From a config to a Serve application: the target of ``import_path`` in Serve's and Kubernetes' configs.
+
+``cluster.serving.application:build`` takes a ``DeploymentConfig`` as plain data, so that the same file serves
+``warmgraph serve``, ``serve deploy`` and a RayService.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from cluster.config import DeploymentConfig, ModelDeployment
+from cluster.serving.ingress import Ingress
+from cluster.serving.replica import EngineReplica
+
+IMPORT_PATH = "cluster.serving.application:build"
+
+#: Handle calls that a process may have open: step streams, submissions and aborts, not requests.
+_MAX_ONGOING_CALLS = 100_000
+#: Open HTTP requests of one ingress; the engines' queues are the real bound.
+_MAX_ONGOING_HTTP = 10_000
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The Serve application for a deployment.
+
+    Args:
+        args: A ``DeploymentConfig`` as plain data.
+
+    Raises:
+        ConfigError: The config is wrong; says what to change.
+    """
+    config = DeploymentConfig.from_dict(args)
+    engines = {model.name: _engine(model) for model in config.models}
+    ingress = serve.deployment(Ingress).options(
+        name="ingress",
+        num_replicas=config.http.ingress_replicas,
+        max_ongoing_requests=_MAX_ONGOING_HTTP,
+        ray_actor_options={"num_cpus": config.http.ingress_cpus},
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    return ingress.bind(config.to_dict(), engines)
+
+
+def _engine(model: ModelDeployment) -> Application:
+    replicas = model.replicas
+    deployment = serve.deployment(EngineReplica).options(
+        name=f"engine-{model.name.replace('/', '--')}",
+        num_replicas=replicas.num_replicas,
+        max_ongoing_requests=_MAX_ONGOING_CALLS,
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        health_check_period_s=replicas.health_check_period_s,
+        graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
+        request_router_config=RequestRouterConfig(
+            request_router_class="cluster.routing.pinned_router:PinnedRouter"
+        ),
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    return deployment.bind(model.engine.model_dump(mode="json"), replicas.max_queued_requests)
+

@@ -1,0 +1,64 @@
+"""Running a deployment from the command line: start or join Ray, deploy, wait, shut down.
+
+Knows the order of a start and nothing about what is deployed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from cluster.config import DeploymentConfig
+from cluster.environment import apply_process_environment, ray_address, ray_temp_dir
+
+#: Receives the name of each phase as it begins.
+PhaseListener = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def running_deployment(config: DeploymentConfig, on_phase: PhaseListener) -> Iterator[str]:
+    """Deploy ``config`` and yield its base URL once every replica is ready; shut down what was started on exit.
+
+    Joins the cluster at ``RAY_ADDRESS`` if that is set; otherwise starts one on this machine, which ends with
+    the ``with`` block.
+
+    Raises:
+        RuntimeError: A replica failed to start; Serve's message says why.
+    """
+    apply_process_environment()
+    on_phase("starting Ray")
+    import ray
+    from ray import serve
+
+    from cluster.serving.application import build
+
+    address = ray_address()
+    local = {} if address else {"include_dashboard": False, "_temp_dir": ray_temp_dir()}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+    try:
+        on_phase("starting Serve")
+        serve.start(http_options={"host": config.http.host, "port": config.http.port}, logging_config=_quiet())
+        on_phase("starting replicas")
+        serve.run(build(config.to_dict()), name=config.name, route_prefix="/", logging_config=_quiet())
+        yield f"http://{config.http.host}:{config.http.port}"
+    finally:
+        on_phase("stopping")
+        serve.shutdown()
+        ray.shutdown()
+
+
+def wait_for_signal() -> None:
+    """Block until SIGINT or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    while not stopped.wait(1.0):
+        time.sleep(0)
+
+
+def _quiet() -> dict[str, object]:
+    return {"log_level": "WARNING", "enable_access_log": False}

@@ -1,0 +1,133 @@
+"""The Serve deployment around one engine.
+
+Runs the engine on its own thread, so that the event loop never waits for a step, and hands its output to every
+connected ingress as one message per step. Knows Serve and the engine's thread; knows nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitReply
+from cluster.serving.outbox import Outbox
+from workers.config import EngineConfig
+from workers.engine.engine import Engine
+from workers.engine.stats import EngineStats
+from workers.engine.thread import EngineThread
+from workers.errors import EngineDeadError, UserError
+from workers.outputs import TokenChunk
+
+logger = logging.getLogger("ray.serve")
+
+
+class EngineReplica:
+    """One engine behind Serve.
+
+    Args:
+        engine: The fields of an ``EngineConfig``.
+        max_queued_requests: Requests that may wait here before a submission is refused.
+
+    Every public coroutine takes ``replica_id``, which ``PinnedRouter`` reads on the way here.
+    """
+
+    def __init__(self, engine: dict[str, Any], max_queued_requests: int) -> None:
+        self._config = EngineConfig.create(**engine)
+        self._max_queued_requests = max_queued_requests
+        self._loop = asyncio.get_event_loop()
+        self._outboxes: dict[str, Outbox] = {}
+        self._owners: dict[str, str] = {}
+        self._thread = EngineThread(lambda: Engine(self._config), self._on_step, self._on_death)
+        built = self._thread.wait_ready()
+        self._max_num_seqs = self._config.max_num_seqs
+        self._stats = built.stats()
+        self._state = self._make_state(self._stats)
+
+    async def submit(self, client_id: str, request: GenerateRequest, replica_id: str | None = None) -> SubmitReply:
+        """Queue a request whose tokens go to ``client_id``'s step stream."""
+        num_waiting = self._state.num_waiting
+        if num_waiting >= self._max_queued_requests:
+            return SubmitReply(False, retry_after_s=self._retry_after_s())
+        self._owners[request.request_id] = client_id
+        try:
+            accepted = self._thread.add(
+                request.request_id, request.prompt_token_ids, request.params, request.resume_token_ids
+            )
+            await asyncio.wrap_future(accepted)
+        except UserError as error:
+            self._owners.pop(request.request_id, None)
+            return SubmitReply(False, error=str(error), param=error.param)
+        return SubmitReply(True)
+
+    async def abort(self, request_ids: list[str], replica_id: str | None = None) -> None:
+        """End requests and free their blocks; unknown ids have just ended by themselves."""
+        for request_id in request_ids:
+            self._owners.pop(request_id, None)
+        self._thread.abort(request_ids)
+
+    async def steps(self, client_id: str, replica_id: str | None = None) -> AsyncIterator[StepMessage]:
+        """The stream of step messages for one ingress, until it goes away; then its requests are aborted."""
+        outbox = self._outboxes[client_id] = Outbox(self._state)
+        try:
+            while True:
+                yield await outbox.get()
+                self._raise_if_dead()
+        finally:
+            del self._outboxes[client_id]
+            orphans = [request_id for request_id, owner in self._owners.items() if owner == client_id]
+            if orphans:
+                logger.info("ingress %s went away; aborting its %d requests", client_id, len(orphans))
+                await self.abort(orphans)
+
+    async def stats(self, replica_id: str | None = None) -> EngineStats:
+        """The engine's counters after its last step."""
+        return self._stats
+
+    def check_health(self) -> None:
+        """Called by Serve; raising makes it replace this replica."""
+        self._raise_if_dead()
+
+    def _raise_if_dead(self) -> None:
+        if self._thread.death is not None:
+            raise EngineDeadError(f"The engine stopped: {self._thread.death}")
+
+    def _on_step(self, chunks: list[TokenChunk], stats: EngineStats) -> None:
+        """On the engine thread: hand over to the event loop."""
+        self._loop.call_soon_threadsafe(self._publish, chunks, stats)
+
+    def _on_death(self, error: BaseException) -> None:
+        logger.error("engine died: %r; Serve will replace this replica", error)
+
+    def _publish(self, chunks: list[TokenChunk], stats: EngineStats) -> None:
+        self._stats = stats
+        self._state = self._make_state(stats)
+        by_client: dict[str, list[TokenChunk]] = {}
+        for chunk in chunks:
+            owner = self._owners.get(chunk.request_id)
+            if owner is None:
+                continue  # aborted while its last step ran
+            by_client.setdefault(owner, []).append(chunk)
+            if chunk.finish_reason is not None:
+                del self._owners[chunk.request_id]
+        for client_id, outbox in self._outboxes.items():
+            outbox.put(by_client.get(client_id, []), self._state)
+
+    def _make_state(self, stats: EngineStats) -> ReplicaState:
+        scheduler = stats.scheduler
+        return ReplicaState(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            free_blocks=scheduler.num_free_blocks,
+            total_blocks=scheduler.num_total_blocks,
+            outstanding_tokens=scheduler.num_outstanding_tokens,
+            max_num_seqs=self._max_num_seqs,
+            step=stats.num_steps,
+        )
+
+    def _retry_after_s(self) -> float:
+        """Seconds until the queue has room, at the rate at which requests finished so far."""
+        finished = max(self._stats.num_finished, 1)
+        seconds_per_request = self._stats.busy_seconds / finished
+        return min(max(seconds_per_request, 1.0), 60.0)

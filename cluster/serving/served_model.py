@@ -1,0 +1,75 @@
+"""One served model as the API layer sees it: a name, a tokenizer, and a fleet that generates.
+
+Implements ``cluster.api.client``'s seam on top of a :class:`Fleet`. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+
+from cluster.config import ModelDeployment
+from cluster.messages import GenerateRequest
+from cluster.serving.fleet import Fleet
+from workers.checkpoint.resolve import resolve_model
+from workers.errors import UnknownModelError
+from workers.model.config import ModelConfig
+from workers.outputs import TokenChunk
+from workers.tokenizer.tokenizer import Tokenizer
+
+
+class ServedModel:
+    """A model of the deployment, on this ingress.
+
+    Args:
+        deployment: The model's part of the config.
+        fleet: Its replicas.
+
+    Raises:
+        ModelError: The checkpoint cannot be found on the ingress' node, or has no tokenizer.
+    """
+
+    def __init__(self, deployment: ModelDeployment, fleet: Fleet) -> None:
+        engine = deployment.engine
+        folder = resolve_model(engine.model)
+        config = ModelConfig.from_folder(folder)
+        self.name = deployment.name
+        self.created = int(time.time())
+        self.max_model_len = engine.max_model_len or config.max_position_embeddings
+        self.vocab_size = config.vocab_size
+        self.tokenizer: Tokenizer | None = None
+        if not engine.skip_tokenizer_init:
+            self.tokenizer = Tokenizer.from_folder(resolve_model(engine.tokenizer) if engine.tokenizer else folder)
+        self.fleet = fleet
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica is connected."""
+        return bool(self.fleet.snapshots)
+
+    def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Generate one completion on a replica; see :meth:`Fleet.stream`."""
+        return self.fleet.stream(request)
+
+
+class Directory:
+    """The models of a deployment, by the name that requests give."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def models(self) -> Sequence[ServedModel]:
+        """All models, in the order of the config."""
+        return list(self._models.values())
+
+    def lookup(self, name: str) -> ServedModel:
+        """The model of that name.
+
+        Raises:
+            UnknownModelError: No such model; the message names those there are.
+        """
+        model = self._models.get(name)
+        if model is None:
+            served = ", ".join(repr(known) for known in self._models)
+            raise UnknownModelError(f"The model {name!r} is not served here; use {served}.", param="model")
+        return model

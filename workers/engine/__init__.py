@@ -1,0 +1,1 @@
+"""The engine: requests in, token chunks out. ``Engine`` is the synchronous core, ``EngineThread`` runs one."""

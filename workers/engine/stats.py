@@ -1,0 +1,30 @@
+"""The engine's counters, as plain data that crosses threads and processes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from workers.scheduler.output import SchedulerStats
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine's work.
+
+    Attributes:
+        scheduler: Queue lengths, blocks and counters of the scheduler.
+        num_steps: Steps run.
+        num_prompt_tokens: Prompt tokens of all requests so far.
+        num_generated_tokens: Tokens emitted so far.
+        num_finished: Requests that ended by themselves.
+        num_aborted: Requests that were aborted.
+        busy_seconds: Time spent in steps.
+    """
+
+    scheduler: SchedulerStats
+    num_steps: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_finished: int
+    num_aborted: int
+    busy_seconds: float

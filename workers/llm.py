@@ -1,0 +1,189 @@
+"""The offline front: ``LLM(model=...).generate(prompts, SamplingParams(...))``, in the shape vLLM's users know.
+
+A script written for vLLM's ``LLM`` runs by swapping the import. Everything happens in the caller's process and
+thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.progress import Progress
+
+from workers.config import EngineConfig
+from workers.engine.engine import Engine
+from workers.errors import InvalidRequestError
+from workers.outputs import CompletionOutput, PositionLogprobs, RequestOutput, TokenChunk
+from workers.sampling_params import SamplingParams
+from workers.tokenizer.tokenizer import Tokenizer
+
+#: A prompt as text, as ``{"prompt": text}`` or as ``{"prompt_token_ids": [...]}``.
+Prompt = str | Mapping[str, Any]
+
+
+@dataclasses.dataclass(slots=True)
+class _Collected:
+    """One completion under way."""
+
+    prompt_index: int
+    index: int
+    output: CompletionOutput
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int | None = None
+
+    def extend(self, chunk: TokenChunk) -> None:
+        output = self.output
+        output.token_ids.extend(chunk.token_ids)
+        output.text += chunk.text
+        if chunk.logprobs is not None:
+            output.logprobs = (output.logprobs or []) + chunk.logprobs
+            gained = sum(next(iter(position.values())).logprob for position in chunk.logprobs)
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + gained
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs = chunk.prompt_logprobs
+        if chunk.num_cached_tokens is not None:
+            self.num_cached_tokens = chunk.num_cached_tokens
+        if chunk.finish_reason is not None:
+            output.finish_reason, output.stop_reason = chunk.finish_reason.value, chunk.stop_reason
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: Checkpoint folder, name of an imported model, or Hugging Face repo id.
+        options: Any other field of :class:`EngineConfig`, by name.
+
+    Raises:
+        ConfigError: An option is unknown or wrong; says what to change.
+        ModelError: The model cannot be found or is not supported.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.engine = Engine(EngineConfig.create(model=model, **options))
+        self._ids = itertools.count()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InvalidRequestError: The engine runs with ``skip_tokenizer_init``.
+        """
+        if self.engine.tokenizer is None:
+            raise InvalidRequestError("This LLM has no tokenizer; create it without skip_tokenizer_init.")
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt.
+
+        Args:
+            prompts: One prompt or many.
+            sampling_params: One for all, or one per prompt; None samples with the defaults.
+            use_tqdm: Show a progress bar (vLLM's name for it).
+
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            InvalidRequestError: A prompt or its parameters cannot be served; nothing was generated.
+        """
+        prompt_list = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        params = self._spread(sampling_params, len(prompt_list))
+        token_ids = [self._token_ids(prompt) for prompt in prompt_list]
+        collected = self._submit(token_ids, params)
+        for request_id, chunk in self._run(len(collected), use_tqdm):
+            collected[request_id].extend(chunk)
+        return self._outputs(prompt_list, token_ids, list(collected.values()))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or many, through the model's chat template; see :meth:`generate`."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        tokenizer = self.get_tokenizer()
+        prompts = []
+        for conversation in conversations:
+            turns = [dict(turn) for turn in conversation]
+            text = tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt)
+            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _spread(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * count
+        if len(params) != count:
+            raise InvalidRequestError(
+                f"Give one SamplingParams, or one per prompt: got {len(params)} for {count} prompts.",
+                param="sampling_params",
+            )
+        return params
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.get_tokenizer().encode(prompt)
+        if "prompt_token_ids" in prompt:
+            return list(prompt["prompt_token_ids"])
+        if "prompt" in prompt:
+            return self.get_tokenizer().encode(prompt["prompt"])
+        raise InvalidRequestError(
+            f"A prompt is a string, or has 'prompt' or 'prompt_token_ids'; got the keys {sorted(prompt)}.",
+            param="prompts",
+        )
+
+    def _submit(self, token_ids: list[list[int]], params: Sequence[SamplingParams]) -> dict[str, _Collected]:
+        collected: dict[str, _Collected] = {}
+        try:
+            for prompt_index, (ids, wanted) in enumerate(zip(token_ids, params, strict=True)):
+                for index, single in enumerate(wanted.fan_out()):
+                    request_id = str(next(self._ids))
+                    self.engine.add_request(request_id, ids, single)
+                    empty = CompletionOutput(index, "", [], None, None)
+                    collected[request_id] = _Collected(prompt_index, index, empty)
+        except BaseException:
+            self.engine.abort(collected)
+            raise
+        return collected
+
+    def _run(self, num_requests: int, show_progress: bool) -> Iterator[tuple[str, TokenChunk]]:
+        with Progress(disable=not show_progress) as progress:
+            task = progress.add_task("completions", total=num_requests)
+            while self.engine.has_unfinished:
+                for chunk in self.engine.step():
+                    yield chunk.request_id, chunk
+                    if chunk.finish_reason is not None:
+                        progress.advance(task)
+
+    def _outputs(
+        self, prompts: Sequence[Prompt], token_ids: list[list[int]], collected: list[_Collected]
+    ) -> list[RequestOutput]:
+        outputs = []
+        for prompt_index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)):
+            parts = [item for item in collected if item.prompt_index == prompt_index]
+            outputs.append(
+                RequestOutput(
+                    request_id=str(prompt_index),
+                    prompt=prompt if isinstance(prompt, str) else prompt.get("prompt"),
+                    prompt_token_ids=ids,
+                    prompt_logprobs=parts[0].prompt_logprobs,
+                    outputs=[item.output for item in parts],
+                    finished=True,
+                    num_cached_tokens=parts[0].num_cached_tokens,
+                )
+            )
+        return outputs

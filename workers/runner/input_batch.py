@@ -1,0 +1,226 @@
+"""The batch of a step in persistent buffers: who sits in which slot, and the step's inputs.
+
+Turns the scheduler's decision into token ids, positions, slot mapping and block tables. Knows requests and
+numbers, not the model.
+
+A *slot* belongs to a request from its first step until it leaves the batch; state that lives on the device across
+steps (sampling parameters, last sampled token) is indexed by slot. A *row* is a request's place in one step.
+
+Shape suffixes: T = tokens of the step, R = requests of the step, M = most blocks of a request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from workers.attention.base import BatchGeometry
+from workers.request import Request
+from workers.runner.buffers import HostDeviceBuffer
+from workers.scheduler.output import ScheduledRequest, SchedulerOutput
+
+
+@dataclasses.dataclass(slots=True)
+class StepInputs:
+    """One step, ready for the model: views of the persistent buffers, ``num_tokens`` long unless padded.
+
+    Attributes:
+        geometry: For the attention backend.
+        input_ids_T: int64 tokens.
+        positions_T: int64 positions.
+        sampled: The scheduled requests that are sampled, in row order.
+        sampled_slots: Their slots, on the host.
+        sampled_slots_R: Their slots, int64, on the device.
+        num_output_R: int64, index of the output token each of them gets.
+        last_rows_R: int64, row of ``hidden`` that predicts it; None if that is every row in order.
+    """
+
+    geometry: BatchGeometry
+    input_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    sampled: list[ScheduledRequest]
+    sampled_slots: list[int]
+    sampled_slots_R: torch.Tensor
+    num_output_R: torch.Tensor
+    last_rows_R: torch.Tensor | None
+
+
+class InputBatch:
+    """Slots and persistent input buffers of one engine."""
+
+    def __init__(
+        self, max_num_seqs: int, max_num_tokens: int, max_blocks_per_seq: int, block_size: int, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self._slots: dict[str, int] = {}
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._block_table = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
+        self._num_blocks = [0] * max_num_seqs
+
+        def tokens(dtype: torch.dtype) -> HostDeviceBuffer:
+            return HostDeviceBuffer(max_num_tokens, dtype=dtype, device=device)
+
+        def rows(dtype: torch.dtype, extra: int = 0) -> HostDeviceBuffer:
+            return HostDeviceBuffer(max_num_seqs + extra, dtype=dtype, device=device)
+
+        self._input_ids = tokens(torch.int64)
+        self._positions = tokens(torch.int64)
+        self._slot_mapping = tokens(torch.int64)
+        self._query_start_loc = rows(torch.int32, extra=1)
+        self._seq_lens = rows(torch.int32)
+        self._sampled_slots = rows(torch.int64)
+        self._num_output = rows(torch.int64)
+        self._last_rows = rows(torch.int64)
+        self._from_device = rows(torch.bool)
+        self._decode_slots = rows(torch.int64)
+        self._tables = HostDeviceBuffer(max_num_seqs, max_blocks_per_seq, dtype=torch.int32, device=device)
+        #: Last token sampled in each slot; feeds the next step where the host does not know it yet.
+        self.last_token_S = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+
+    def drop(self, request_ids: list[str]) -> list[int]:
+        """Free the slots of requests that left the batch; returns the slots. Unknown ids never had one."""
+        slots = [self._slots.pop(request_id) for request_id in request_ids if request_id in self._slots]
+        self._free_slots.extend(slots)
+        return slots
+
+    def seat(self, request: Request) -> tuple[int, bool]:
+        """The request's slot, and whether it is new to the batch."""
+        slot = self._slots.get(request.request_id)
+        if slot is not None:
+            return slot, False
+        assert self._free_slots, "the scheduler put more requests into a step than max_num_seqs"
+        slot = self._slots[request.request_id] = self._free_slots.pop()
+        self._num_blocks[slot] = 0
+        return slot, True
+
+    def prepare(self, output: SchedulerOutput, slots: list[int]) -> StepInputs:
+        """Write the step's inputs and commit them to the device.
+
+        Args:
+            output: The scheduler's decision.
+            slots: The slot of each scheduled request, from :meth:`seat`.
+        """
+        scheduled = output.scheduled
+        self._update_block_tables(scheduled, slots)
+        starts = np.array([s.num_computed_tokens for s in scheduled], dtype=np.int64)
+        lens = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
+        slots_np = np.array(slots, dtype=np.int64)
+        input_ids_T = self._commit_input_ids(output, slots)
+        positions_T, slot_mapping_T = self._commit_positions(output.num_tokens, starts, lens, slots_np)
+        geometry = self._geometry(output, starts, lens, slots_np, slot_mapping_T)
+        return self._sampled_rows(output, slots, geometry, input_ids_T, positions_T)
+
+    def _update_block_tables(self, scheduled: list[ScheduledRequest], slots: list[int]) -> None:
+        for item, slot in zip(scheduled, slots, strict=True):
+            block_ids = item.request.block_ids
+            known = self._num_blocks[slot]
+            if len(block_ids) != known:
+                self._block_table[slot, known : len(block_ids)] = block_ids[known:]
+                self._num_blocks[slot] = len(block_ids)
+
+    def _commit_input_ids(self, output: SchedulerOutput, slots: list[int]) -> torch.Tensor:
+        """Tokens the host knows come from the request; a token still being sampled is read on the device."""
+        ids: list[int] = []
+        from_device: list[int] = []
+        for row, item in enumerate(output.scheduled):
+            start = item.num_computed_tokens
+            known = item.request.token_ids
+            if start >= len(known):
+                assert item.num_tokens == 1, "only the last token of a decode can be unknown to the host"
+                from_device.append(row)
+                ids.append(0)
+            else:
+                ids.extend(known[start : start + item.num_tokens])
+        self._input_ids.np[: len(ids)] = ids
+        input_ids_T = self._input_ids.commit(len(ids))
+        if from_device:
+            # Decodes come first and bring one token each, so row and token index agree.
+            num_rows = from_device[-1] + 1
+            mask = self._from_device.np
+            mask[:num_rows] = False
+            mask[from_device] = True
+            self._decode_slots.np[:num_rows] = slots[:num_rows]
+            previous = self.last_token_S[self._decode_slots.commit(num_rows)]
+            head = input_ids_T[:num_rows]
+            head.copy_(torch.where(self._from_device.commit(num_rows), previous, head))
+        return input_ids_T
+
+    def _commit_positions(
+        self, num_tokens: int, starts: npt.NDArray[np.int64], lens: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if num_tokens == len(starts):
+            positions, slot_of_token = starts, slots
+        else:
+            first_row = np.cumsum(lens) - lens
+            positions = np.repeat(starts - first_row, lens) + np.arange(num_tokens)
+            slot_of_token = np.repeat(slots, lens)
+        blocks = self._block_table[slot_of_token, positions // self.block_size].astype(np.int64)
+        self._positions.np[:num_tokens] = positions
+        self._slot_mapping.np[:num_tokens] = blocks * self.block_size + positions % self.block_size
+        return self._positions.commit(num_tokens), self._slot_mapping.commit(num_tokens)
+
+    def _geometry(
+        self,
+        output: SchedulerOutput,
+        starts: npt.NDArray[np.int64],
+        lens: npt.NDArray[np.int64],
+        slots: npt.NDArray[np.int64],
+        slot_mapping_T: torch.Tensor,
+    ) -> BatchGeometry:
+        num_reqs = output.num_reqs
+        query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
+        np.cumsum(lens, out=query_start_loc[1:])
+        seq_lens = (starts + lens).astype(np.int32)
+        max_seq_len = int(seq_lens.max())
+        num_columns = -(-max_seq_len // self.block_size)
+        self._query_start_loc.np[: num_reqs + 1] = query_start_loc
+        self._seq_lens.np[:num_reqs] = seq_lens
+        self._tables.np[:num_reqs, :num_columns] = self._block_table[slots, :num_columns]
+        return BatchGeometry(
+            num_reqs=num_reqs,
+            num_tokens=output.num_tokens,
+            max_query_len=int(lens.max()),
+            max_seq_len=max_seq_len,
+            query_start_loc_cpu=query_start_loc,
+            seq_lens_cpu=seq_lens,
+            query_start_loc=self._query_start_loc.commit(num_reqs + 1),
+            seq_lens=self._seq_lens.commit(num_reqs),
+            block_table_RM=self._tables.commit(num_reqs),
+            slot_mapping_T=slot_mapping_T,
+        )
+
+    def _sampled_rows(
+        self,
+        output: SchedulerOutput,
+        slots: list[int],
+        geometry: BatchGeometry,
+        input_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+    ) -> StepInputs:
+        rows = [row for row, item in enumerate(output.scheduled) if item.samples]
+        sampled = [output.scheduled[row] for row in rows]
+        sampled_slots = [slots[row] for row in rows]
+        count = len(rows)
+        self._sampled_slots.np[:count] = sampled_slots
+        self._num_output.np[:count] = [
+            item.num_computed_tokens + item.num_tokens - item.request.num_prompt_tokens for item in sampled
+        ]
+        last_rows_R = None
+        if count != output.num_tokens:
+            self._last_rows.np[:count] = geometry.query_start_loc_cpu[1:][rows] - 1
+            last_rows_R = self._last_rows.commit(count)
+        return StepInputs(
+            geometry=geometry,
+            input_ids_T=input_ids_T,
+            positions_T=positions_T,
+            sampled=sampled,
+            sampled_slots=sampled_slots,
+            sampled_slots_R=self._sampled_slots.commit(count),
+            num_output_R=self._num_output.commit(count),
+            last_rows_R=last_rows_R,
+        )
+
+

@@ -1,0 +1,191 @@
+"""Runs scheduled steps on the device: inputs, forward, sampling, results.
+
+Owns the model, the KV cache and every persistent buffer. Knows tensors; which requests run, and when they end, is
+decided by the scheduler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+
+from workers.attention.selector import make_backend
+from workers.config import EngineConfig
+from workers.graphs.context import ForwardContext, set_forward_context
+from workers.model.config import ModelConfig
+from workers.model.loader import load_model
+from workers.outputs import PositionLogprobs
+from workers.runner import kv_cache
+from workers.runner.device import resolve_device, resolve_dtype
+from workers.runner.input_batch import InputBatch, StepInputs
+from workers.runner.logprobs import PendingLogprobs, PromptLogprobsChunk, prompt_logprobs
+from workers.sampling.sampler import Sampler
+from workers.sampling.state import SamplingState
+from workers.scheduler.output import SchedulerOutput
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class StepResult:
+    """What a step produced, on the host.
+
+    Attributes:
+        token_ids: One per sampled request, in the order of the schedule.
+        logprobs: For sampled requests that asked: one position, by request id.
+        prompt_logprobs: For prefill chunks of requests that asked, by request id.
+    """
+
+    token_ids: list[int]
+    logprobs: dict[str, list[PositionLogprobs]]
+    prompt_logprobs: dict[str, PromptLogprobsChunk]
+
+
+class PendingStep:
+    """A step that was launched; :meth:`result` waits for it."""
+
+    def __init__(
+        self,
+        token_ids_R: torch.Tensor,
+        done: torch.cuda.Event | None,
+        logprobs: PendingLogprobs | None,
+        prompt_logprobs: dict[str, PromptLogprobsChunk],
+    ) -> None:
+        self._token_ids_R = token_ids_R
+        self._done = done
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
+
+    def result(self) -> StepResult:
+        """Wait for the device and read the results."""
+        if self._done is not None:
+            self._done.synchronize()
+        logprobs = self._logprobs.to_host() if self._logprobs is not None else {}
+        return StepResult(self._token_ids_R.tolist(), logprobs, self._prompt_logprobs)
+
+
+class ModelRunner:
+    """One model on one device.
+
+    Args:
+        config: The engine's configuration.
+        model_config: The model's shape.
+        folder: Its checkpoint.
+        max_model_len: Longest context.
+
+    Attributes:
+        device: Where everything runs.
+        num_blocks: KV blocks allocated.
+        pipeline_depth: Steps that may be in flight: 2 where the device works while the CPU schedules, else 1.
+
+    Raises:
+        ConfigError: Device, dtype, attention backend or memory do not fit the machine or the model.
+        ModelError: The checkpoint is damaged or not supported.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, folder: Path, max_model_len: int) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, model_config, self.device)
+        self.pipeline_depth = 2 if self.device.type == "cuda" else 1
+        self.model = load_model(
+            folder, model_config, dtype, self.device, config.load_format, config.seed, max_model_len=max_model_len
+        )
+        self.backend = make_backend(config.attention_backend, self.model.attention_spec(config.block_size), self.device)
+        self._batch = InputBatch(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            -(-max_model_len // config.block_size),
+            config.block_size,
+            self.device,
+        )
+        self._sampling = SamplingState(config.max_num_seqs, model_config.vocab_size, self.device)
+        self._sampler = Sampler(self._sampling)
+        self.num_blocks = self._plan_blocks(model_config.num_hidden_layers, max_model_len)
+        self._kv_caches = kv_cache.allocate_kv_caches(
+            self.backend, model_config.num_hidden_layers, self.num_blocks, self.device
+        )
+        logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> PendingStep:
+        """Launch one step; returns at once on CUDA, when it is done on a CPU."""
+        slots = self._seat(output)
+        inputs = self._batch.prepare(output, slots)
+        hidden_TE = self._forward(inputs)
+        prompt = prompt_logprobs(output, hidden_TE, self.model.compute_logits)
+        plan = self._sampling.plan(inputs.sampled_slots)
+        rows_RE = hidden_TE if inputs.last_rows_R is None else hidden_TE.index_select(0, inputs.last_rows_R)
+        sampled = self._sampler.sample(
+            self.model.compute_logits(rows_RE), inputs.sampled_slots_R, inputs.num_output_R, plan
+        )
+        self._batch.last_token_S.index_copy_(0, inputs.sampled_slots_R, sampled.token_ids_R)
+        logprobs = None
+        if plan.num_logprobs >= 0:
+            logprobs = PendingLogprobs([item.request for item in inputs.sampled], sampled)
+        token_ids_R, done = self._start_copy(sampled.token_ids_R)
+        return PendingStep(token_ids_R, done, logprobs, prompt)
+
+    def _seat(self, output: SchedulerOutput) -> list[int]:
+        """Give newcomers a slot, and free those of requests that left."""
+        for slot in self._batch.drop(output.dropped_request_ids):
+            self._sampling.remove(slot)
+        slots = []
+        for item in output.scheduled:
+            request = item.request
+            slot, is_new = self._batch.seat(request)
+            slots.append(slot)
+            if is_new:
+                prompt = request.token_ids[: request.num_prompt_tokens]
+                self._sampling.add(
+                    slot, request.params, prompt, request.output_token_ids, request.eos_token_ids, request.seed
+                )
+        self._sampling.flush()
+        return slots
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        context = ForwardContext(self.backend, self.backend.build_metadata(inputs.geometry), self._kv_caches)
+        with set_forward_context(context):
+            hidden_TE: torch.Tensor = self.model(inputs.input_ids_T, inputs.positions_T)
+        return hidden_TE
+
+    def _start_copy(self, token_ids_R: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Begin moving the step's tokens to the host."""
+        if self.device.type != "cuda":
+            return token_ids_R, None
+        host_R = torch.empty(token_ids_R.shape, dtype=token_ids_R.dtype, pin_memory=True)
+        host_R.copy_(token_ids_R, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return host_R, done
+
+    def _plan_blocks(self, num_layers: int, max_model_len: int) -> int:
+        profile = None
+        if self.device.type == "cuda":
+            profile = kv_cache.cuda_memory_profile(self.config, self.device, self._peak_activations())
+        per_block = kv_cache.block_bytes(self.backend, num_layers)
+        return kv_cache.plan_num_blocks(self.config, per_block, max_model_len, profile)
+
+    def _peak_activations(self) -> int:
+        """Bytes that the largest step needs above the weights, from a forward without a cache."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        num_tokens = self.config.max_num_batched_tokens
+        ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        with set_forward_context(ForwardContext(self.backend, None, ())):
+            hidden_TE = self.model(ids_T, ids_T)
+        logits_RV = self.model.compute_logits(hidden_TE[: self.config.max_num_seqs])
+        logits_RV.argmax(-1)
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del hidden_TE, logits_RV
+        torch.cuda.empty_cache()
+        return peak
+
+
