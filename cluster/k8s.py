@@ -79,9 +79,7 @@ def _worker_group(model: ModelDeployment, image: str, config: DeploymentConfig) 
     }
 
 
-def _pod(
-    name: str, image: str, requests: dict[str, str], limits: dict[str, str], http_port: int
-) -> dict[str, Any]:
+def _pod(name: str, image: str, requests: dict[str, str], limits: dict[str, str], http_port: int) -> dict[str, Any]:
     return {
         "spec": {
             "containers": [

@@ -1,13 +1,15 @@
 """How one request wants its tokens chosen and when it wants to stop.
 
-Field names and defaults are those of vLLM's ``SamplingParams``. Knows nothing about tensors or tokenizers.
+Field names, defaults and special values are those of vLLM's ``SamplingParams``, with one difference: ``n > 1``
+is allowed with greedy sampling and gives equal completions. Knows nothing about tensors or tokenizers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from workers.errors import InvalidRequestError
 
@@ -15,8 +17,14 @@ from workers.errors import InvalidRequestError
 MAX_LOGPROBS = 20
 #: Most stop strings, and stop token ids, in one request.
 MAX_STOPS = 64
+#: Most entries of ``logit_bias`` in one request.
+MAX_LOGIT_BIAS = 1024
+#: Temperatures below this count as 0, that is, greedy (vLLM's ``_SAMPLING_EPS``).
+GREEDY_TEMPERATURE = 1e-5
 
 _SEED_RANGE = 2**63
+#: vLLM's spelling of "no seed".
+_NO_SEED = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,16 +33,17 @@ class SamplingParams:
 
     Attributes:
         n: Number of completions for the prompt.
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: Logits are divided by it; 0 (or less than ``GREEDY_TEMPERATURE``) is greedy, and then
+            ``top_p``, ``top_k`` and ``min_p`` have nothing to do.
         top_p: Keep the smallest set of tokens whose probability mass reaches this; in (0, 1].
-        top_k: Keep this many most likely tokens; 0 or -1 keeps all.
+        top_k: Keep this many most likely tokens, and those as likely as the last of them; 0 or -1 keeps all.
         min_p: Drop tokens less likely than ``min_p`` times the most likely one; in [0, 1].
         repetition_penalty: Divides (positive) or multiplies (negative) the logits of tokens seen in prompt or
             output, as in CTRL (Keskar et al., 2019); > 0.
         presence_penalty: Subtracted once from the logits of tokens seen in the output; in [-2, 2].
         frequency_penalty: Subtracted per occurrence in the output; in [-2, 2].
         logit_bias: Token id to additive bias, or None.
-        seed: Makes the request's tokens independent of whatever else is in the batch and repeatable.
+        seed: Makes the request's tokens repeatable, whatever else is in the batch; None or -1 for no seed.
         stop: Stop strings; the text is cut before the first match.
         stop_token_ids: Token ids that end the completion.
         include_stop_str_in_output: Keep the matched stop string in the text.
@@ -42,7 +51,7 @@ class SamplingParams:
         max_tokens: Most tokens to generate; None means up to the model's context.
         min_tokens: EOS and stop tokens cannot be sampled before this many tokens.
         logprobs: Number of most likely alternatives to report per output token (0 reports the chosen token
-            only), or None for no logprobs.
+            only, True is 1), or None for no logprobs.
         prompt_logprobs: The same for prompt tokens.
         detokenize: Produce text; False returns token ids only (then ``stop`` must be empty).
         skip_special_tokens: Leave special tokens out of the text.
@@ -86,57 +95,114 @@ class SamplingParams:
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:
             _check_int("seed", self.seed, -_SEED_RANGE, _SEED_RANGE - 1)
+            if self.seed == _NO_SEED:
+                object.__setattr__(self, "seed", None)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).", param="min_tokens"
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).",
+                param="min_tokens",
             )
+        for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(
+                    f"{name} must be true or false, got {getattr(self, name)!r}.", param=name
+                )
+        self._check_logprobs()
+        self._normalise_stops()
+        self._check_logit_bias()
+
+    def _check_logprobs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is True:
+                object.__setattr__(self, name, 1)
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
-        self._normalise_stops()
-        if self.logit_bias is not None:
-            for token_id, bias in self.logit_bias.items():
-                _check_int("logit_bias", token_id, 0, 2**31 - 1)
-                _check_float("logit_bias", bias, -100.0, 100.0)
+
+    def _check_logit_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidRequestError(
+                f"logit_bias must map token ids to numbers, got {self.logit_bias!r}.", param="logit_bias"
+            )
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError(
+                f"logit_bias may hold at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}.",
+                param="logit_bias",
+            )
+        for token_id, bias in self.logit_bias.items():
+            _check_int("logit_bias", token_id, 0, 2**31 - 1)
+            _check_float("logit_bias", bias, -100.0, 100.0)
 
     def _normalise_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         if any(not isinstance(s, str) or not s for s in stop):
             raise InvalidRequestError("stop must hold non-empty strings only.", param="stop")
         if stop and not self.detokenize:
-            raise InvalidRequestError("stop strings need detokenize=True; use stop_token_ids instead.", param="stop")
-        ids = tuple(self.stop_token_ids or ())
+            raise InvalidRequestError(
+                "stop strings need detokenize=True; use stop_token_ids instead.", param="stop"
+            )
+        ids = _as_tuple("stop_token_ids", self.stop_token_ids)
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
         for name, values in (("stop", stop), ("stop_token_ids", ids)):
             if len(values) > MAX_STOPS:
-                raise InvalidRequestError(f"{name} may hold at most {MAX_STOPS} entries, got {len(values)}.", param=name)
+                raise InvalidRequestError(
+                    f"{name} may hold at most {MAX_STOPS} entries, got {len(values)}.", param=name
+                )
         object.__setattr__(self, "stop_strings", stop)
         object.__setattr__(self, "stop_ids", frozenset(ids))
 
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken at every step."""
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_TEMPERATURE
 
     @property
     def needs_penalties(self) -> bool:
         """Whether the sampler needs the request's prompt and output token counts."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse token ids that the model does not have.
+
+        Args:
+            vocab_size: Rows of the model's output layer.
+
+        Raises:
+            InvalidRequestError: ``logit_bias`` or ``stop_token_ids`` names an id of ``vocab_size`` or more.
+        """
+        for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_ids)):
+            largest = max(ids, default=0)
+            if largest >= vocab_size:
+                raise InvalidRequestError(
+                    f"{name} holds token id {largest}, but this model's vocabulary ends at {vocab_size - 1}.",
+                    param=name,
+                )
+
     def fan_out(self) -> list[SamplingParams]:
-        """One set of parameters per completion: ``n`` copies with ``n=1``, the i-th seeded with ``seed + i``."""
+        """``n`` copies with ``n=1``, one per completion, the i-th seeded with ``seed + i``."""
         if self.n == 1:
             return [self]
-        seeds = [None if self.seed is None else _wrap_seed(self.seed + i) for i in range(self.n)]
+        seeds = [None if self.seed is None else _offset_seed(self.seed, i) for i in range(self.n)]
         return [dataclasses.replace(self, n=1, seed=seed) for seed in seeds]
 
 
-def _wrap_seed(seed: int) -> int:
-    return (seed + _SEED_RANGE) % (2 * _SEED_RANGE) - _SEED_RANGE
+def _offset_seed(seed: int, offset: int) -> int:
+    """``seed + offset``, wrapped to 64 bits; -1, which would mean no seed, becomes one far from the others."""
+    moved = (seed + offset + _SEED_RANGE) % (2 * _SEED_RANGE) - _SEED_RANGE
+    return moved if moved != _NO_SEED else seed ^ (1 << 62)
+
+
+def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
+    if values is None:
+        return ()
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise InvalidRequestError(f"{name} must be a list, got {values!r}.", param=name)
+    return tuple(values)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
@@ -151,4 +217,6 @@ def _check_float(name: str, value: object, low: float, high: float, *, open_low:
         raise InvalidRequestError(f"{name} must be a finite number, got {value!r}.", param=name)
     if value > high or value < low or (open_low and value == low):
         bound = "greater than" if open_low else "at least"
-        raise InvalidRequestError(f"{name} must be {bound} {low} and at most {high}, got {value}.", param=name)
+        raise InvalidRequestError(
+            f"{name} must be {bound} {low} and at most {high}, got {value}.", param=name
+        )

@@ -55,10 +55,7 @@ def _engine(model: ModelDeployment) -> Application:
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         health_check_period_s=replicas.health_check_period_s,
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
-        request_router_config=RequestRouterConfig(
-            request_router_class="cluster.routing.pinned_router:PinnedRouter"
-        ),
+        request_router_config=RequestRouterConfig(request_router_class="cluster.routing.pinned_router:PinnedRouter"),
         logging_config=LoggingConfig(enable_access_log=False),
     )
     return deployment.bind(model.engine.model_dump(mode="json"), replicas.max_queued_requests)
-

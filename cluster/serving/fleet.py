@@ -290,4 +290,3 @@ class Fleet:
             self._connected.set()
         else:
             self._connected.clear()
-

@@ -1,6 +1,7 @@
 """The seam between the model and attention: one small interface over a paged KV cache.
 
-Knows the batch's geometry (query starts, lengths, block tables) and nothing about weights, sampling or requests.
+Knows the batch's geometry (query starts, lengths, block tables) and nothing about weights, sampling or
+requests.
 
 Shape suffixes: T = tokens of the batch (padded), R = requests (padded), H = query heads, K = KV heads,
 D = head size, S = block size, B = physical blocks, M = most blocks of one request.
@@ -28,7 +29,8 @@ class AttentionSpec:
 
     Attributes:
         scale: Multiplies q.k before the softmax.
-        sliding_window: Keys further back than this many positions (own position included) are masked, or None.
+        sliding_window: Keys further back than this many positions (own position included) are masked, or
+            None.
         dtype: Of q, k, v and of the KV cache.
     """
 
@@ -45,8 +47,8 @@ class AttentionSpec:
 class BatchGeometry:
     """One step's batch, as the runner lays it out in its persistent buffers.
 
-    The device tensors are views of persistent buffers (same addresses every step), so a captured graph may read
-    them; the host arrays are the same numbers for backends that plan on the CPU. Rows at and beyond
+    The device tensors are views of persistent buffers (same addresses every step), so a captured graph may
+    read them; the host arrays are the same numbers for backends that plan on the CPU. Rows at and beyond
     ``num_reqs`` and tokens at and beyond ``num_tokens`` are padding: ``seq_lens`` 0, ``slot_mapping`` -1, and
     ``query_start_loc`` repeating its last value.
 
@@ -91,13 +93,13 @@ class AttentionBackend(abc.ABC):
         self.device = device
 
     def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
-        """Shape of one layer's cache tensor: ``[2, B, S, K, D]`` (keys, values) unless a backend says otherwise."""
+        """Shape of one layer's cache: ``[2, B, S, K, D]`` (keys, values) unless a backend says otherwise."""
         s = self.spec
         return (2, num_blocks, s.block_size, s.num_kv_heads, s.head_dim)
 
     @abc.abstractmethod
     def build_metadata(self, geometry: BatchGeometry) -> Any:
-        """Turn the step's geometry into what :meth:`forward` wants; called once per step, before the model."""
+        """Turn the step's geometry into what :meth:`forward` wants; called once a step, before the model."""
 
     @abc.abstractmethod
     def forward(

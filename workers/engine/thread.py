@@ -120,7 +120,7 @@ class EngineThread:
         self._ready.set_result(engine)
         try:
             self._loop(engine)
-        except BaseException as error:  # noqa: BLE001 - whatever it was, the engine's state cannot be trusted now
+        except BaseException as error:
             logger.exception("the engine died")
             self._die(error, engine)
 

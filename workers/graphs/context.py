@@ -12,6 +12,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from workers.graphs.descriptor import BatchDescriptor
+from workers.modes import CUDAGraphMode
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,11 +28,21 @@ class ForwardContext:
         attn_metadata: That backend's metadata for this batch, or None in a profiling run, in which attention
             writes zeros and touches no cache.
         kv_caches: KV cache per layer, indexed by the op's ``layer`` argument.
+        cudagraph_runtime_mode: How this batch runs; graph wrappers of another mode run their callable eagerly.
+            NONE in profiling and warm-up runs.
+        batch_descriptor: The graph that serves this batch; None only in mode NONE.
     """
 
     attn_backend: Any
     attn_metadata: Any
     kv_caches: Sequence[torch.Tensor]
+    cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
+    batch_descriptor: BatchDescriptor | None = None
+
+    def __post_init__(self) -> None:
+        mode = self.cudagraph_runtime_mode
+        assert mode.is_valid_runtime_mode(), f"{mode.name} is not a runtime mode"
+        assert mode is CUDAGraphMode.NONE or self.batch_descriptor is not None, "a graph needs a batch descriptor"
 
 
 _current: ForwardContext | None = None

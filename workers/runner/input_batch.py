@@ -222,5 +222,3 @@ class InputBatch:
             num_output_R=self._num_output.commit(count),
             last_rows_R=last_rows_R,
         )
-
-

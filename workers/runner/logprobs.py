@@ -59,7 +59,11 @@ class PendingLogprobs:
         token_ids, chosen, ranks, top, top_ids = (
             tensor.tolist()
             for tensor in (
-                self._sampled.token_ids_R, logprobs.chosen_N, logprobs.rank_N, logprobs.top_NK, logprobs.top_ids_NK
+                self._sampled.token_ids_R,
+                logprobs.chosen_N,
+                logprobs.rank_N,
+                logprobs.top_NK,
+                logprobs.top_ids_NK,
             )
         )
         positions = {}

@@ -187,5 +187,3 @@ class ModelRunner:
         del hidden_TE, logits_RV
         torch.cuda.empty_cache()
         return peak
-
-

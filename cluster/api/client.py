@@ -1,0 +1,113 @@
+"""The seam to what is below the HTTP layer: models that turn a request into a stream of token chunks.
+
+Implemented on Ray by the cluster and by a scripted fake in the tests. Knows nothing about HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from cluster.messages import GenerateRequest
+from workers.outputs import TokenChunk
+
+
+class Tokenizer(Protocol):
+    """What the HTTP layer needs of a model's tokenizer. Methods are called from several threads."""
+
+    def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``."""
+        ...
+
+    def decode(self, token_ids: list[int], /) -> str:
+        """Text of ``token_ids``, special tokens included."""
+        ...
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        /,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """The conversation as the model's chat template writes it, special tokens included.
+
+        Raises:
+            UserError: There is no template, or the template refuses the conversation.
+        """
+        ...
+
+
+class TokenStream(Protocol):
+    """One completion being generated: an async generator, or anything shaped like one.
+
+    The last chunk has a ``finish_reason``; ending without one is an error. ``aclose``, or cancelling
+    ``__anext__``, aborts the request and frees what it holds; after the last chunk ``aclose`` does nothing.
+    """
+
+    def __aiter__(self) -> TokenStream: ...
+
+    async def __anext__(self) -> TokenChunk: ...
+
+    async def aclose(self) -> None: ...
+
+
+class ModelClient(Protocol):
+    """One served model, whatever the number of its replicas."""
+
+    @property
+    def name(self) -> str:
+        """The ``model`` of the API."""
+        ...
+
+    @property
+    def created(self) -> int:
+        """Unix time, in seconds, from which the model was served."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids from 0 up to, not including, this are valid."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None if the model is served by token ids only."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a replica is ready to serve (or, scaled to zero, would be started by a request)."""
+        ...
+
+    def stream(self, request: GenerateRequest) -> TokenStream:
+        """Generate one completion. Errors come from the first ``__anext__`` or from any later one.
+
+        Raises:
+            QueueFullError: Every replica's queue is full.
+            EngineDeadError: No replica can go on with the request.
+            UserError: The engine refuses the request.
+        """
+        ...
+
+
+class ModelDirectory(Protocol):
+    """The models served here; may change while serving."""
+
+    def lookup(self, name: str) -> ModelClient:
+        """The model of that name.
+
+        Raises:
+            UnknownModelError: No such model; the message names those there are.
+        """
+        ...
+
+    def models(self) -> Sequence[ModelClient]:
+        """All models, in the order in which they should be listed."""
+        ...

@@ -1,0 +1,1 @@
+"""Acquiring models: download, verify, convert, keep in the cache. File formats are workers.checkpoint's."""
