@@ -17,8 +17,8 @@ class ScheduledRequest:
 
     Attributes:
         request: The request; the runner reads ``token_ids`` and ``block_ids`` and changes nothing. Where
-            ``num_computed_tokens`` is ``len(token_ids)``, the one token to compute is not known on the host:
-            it is the one that the previous step sampled for this request.
+            ``num_computed_tokens`` is not below ``len(token_ids)``, the one token to compute is not known on
+            the host: it is the one that the previous step sampled for this request.
         num_computed_tokens: Position of the first token computed in this step.
         num_tokens: Tokens computed in this step (the query length); 1 for a decode.
         samples: Whether the step reaches the end of the request's tokens, so that its last row is sampled.
