@@ -18,10 +18,12 @@ from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.config import ModelConfig
 from workers.model.loader import load_model
 from workers.outputs import PositionLogprobs
+from workers.request import Request
 from workers.runner import kv_cache
 from workers.runner.device import resolve_device, resolve_dtype
 from workers.runner.input_batch import InputBatch, StepInputs
-from workers.runner.logprobs import PendingLogprobs, PromptLogprobsChunk, prompt_logprobs
+from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sampled_logprobs
+from workers.sampling.logprobs import LogprobsTensors
 from workers.sampling.sampler import Sampler
 from workers.sampling.state import SamplingState
 from workers.scheduler.output import SchedulerOutput
@@ -45,15 +47,25 @@ class StepResult:
 
 
 class PendingStep:
-    """A step that was launched; :meth:`result` waits for it."""
+    """A step that was launched; :meth:`result` waits for it.
+
+    Args:
+        requests: The sampled requests, in row order.
+        token_ids_R: Their tokens, on the host once ``done`` has happened.
+        done: None where the device works synchronously.
+        logprobs: On the device, if any of them asked.
+        prompt_logprobs: Of the step's prefill chunks.
+    """
 
     def __init__(
         self,
+        requests: list[Request],
         token_ids_R: torch.Tensor,
         done: torch.cuda.Event | None,
-        logprobs: PendingLogprobs | None,
+        logprobs: LogprobsTensors | None,
         prompt_logprobs: dict[str, PromptLogprobsChunk],
     ) -> None:
+        self._requests = requests
         self._token_ids_R = token_ids_R
         self._done = done
         self._logprobs = logprobs
@@ -63,8 +75,11 @@ class PendingStep:
         """Wait for the device and read the results."""
         if self._done is not None:
             self._done.synchronize()
-        logprobs = self._logprobs.to_host() if self._logprobs is not None else {}
-        return StepResult(self._token_ids_R.tolist(), logprobs, self._prompt_logprobs)
+        token_ids = self._token_ids_R.tolist()
+        logprobs = {}
+        if self._logprobs is not None:
+            logprobs = sampled_logprobs(self._requests, token_ids, self._logprobs)
+        return StepResult(token_ids, logprobs, self._prompt_logprobs)
 
 
 class ModelRunner:
@@ -126,11 +141,9 @@ class ModelRunner:
             self.model.compute_logits(rows_RE), inputs.sampled_slots_R, inputs.num_output_R, plan
         )
         self._batch.last_token_S.index_copy_(0, inputs.sampled_slots_R, sampled.token_ids_R)
-        logprobs = None
-        if plan.num_logprobs >= 0:
-            logprobs = PendingLogprobs([item.request for item in inputs.sampled], sampled)
         token_ids_R, done = self._start_copy(sampled.token_ids_R)
-        return PendingStep(token_ids_R, done, logprobs, prompt)
+        requests = [item.request for item in inputs.sampled]
+        return PendingStep(requests, token_ids_R, done, sampled.logprobs, prompt)
 
     def _seat(self, output: SchedulerOutput) -> list[int]:
         """Give newcomers a slot, and free those of requests that left."""
