@@ -1,0 +1,1 @@
+"""Graph backends: CUDA graphs, and the same contract on the host, behind one small interface."""

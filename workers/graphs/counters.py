@@ -1,0 +1,100 @@
+"""Counters of the graph layer: what was captured, replayed, padded, and run without a graph.
+
+One object per engine, written by its wrappers and its dispatcher on the engine's thread. Other threads may read:
+every reader copies first. Knows nothing about tensors.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from workers.graphs.descriptor import BatchDescriptor, GraphKey
+from workers.modes import CUDAGraphMode
+
+
+@dataclasses.dataclass(slots=True)
+class KeyCounters:
+    """What happened to the graphs of one key; a PIECEWISE key has one graph per piece.
+
+    Attributes:
+        num_graphs: Graphs held now.
+        num_captures: Captures since the start, those cleared since included.
+        capture_seconds: Time spent in captures since the start.
+        num_bytes: Memory that capturing the held graphs added to the pool.
+        num_replays: Graph launches since the start.
+    """
+
+    num_graphs: int = 0
+    num_captures: int = 0
+    capture_seconds: float = 0.0
+    num_bytes: int = 0
+    num_replays: int = 0
+
+
+class GraphCounters:
+    """Counts captures and replays per key, and batches per runtime mode.
+
+    Attributes:
+        num_batches: Batches by runtime mode.
+        num_tokens: Real tokens of those batches.
+        num_padded_tokens: Padding added to them.
+        fallbacks: Batches that ran without a graph, by reason.
+    """
+
+    def __init__(self) -> None:
+        self._by_key: dict[GraphKey, KeyCounters] = {}
+        self.num_batches: collections.Counter[CUDAGraphMode] = collections.Counter()
+        self.num_tokens = 0
+        self.num_padded_tokens = 0
+        self.fallbacks: collections.Counter[str] = collections.Counter()
+
+    def record_capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, seconds: float, num_bytes: int) -> None:
+        """One graph was captured."""
+        entry = self._entry(mode, descriptor)
+        entry.num_graphs += 1
+        entry.num_captures += 1
+        entry.capture_seconds += seconds
+        entry.num_bytes += num_bytes
+
+    def record_replay(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
+        """One graph was launched."""
+        self._entry(mode, descriptor).num_replays += 1
+
+    def record_discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, num_bytes: int) -> None:
+        """One captured graph was given up, together with ``num_bytes`` that its capture had added."""
+        entry = self._entry(mode, descriptor)
+        entry.num_graphs -= 1
+        entry.num_bytes -= num_bytes
+
+    def record_batch(
+        self, mode: CUDAGraphMode, num_tokens: int, num_tokens_padded: int, fallback_reason: str | None
+    ) -> None:
+        """One batch was dispatched."""
+        self.num_batches[mode] += 1
+        self.num_tokens += num_tokens
+        self.num_padded_tokens += num_tokens_padded - num_tokens
+        if fallback_reason is not None:
+            self.fallbacks[str(fallback_reason)] += 1
+
+    def by_key(self) -> dict[GraphKey, KeyCounters]:
+        """A copy of the counters per key."""
+        return {key: dataclasses.replace(entry) for key, entry in list(self._by_key.items())}
+
+    def num_graphs(self, mode: CUDAGraphMode | None = None) -> int:
+        """Graphs held now, of one mode or of all."""
+        return sum(e.num_graphs for (m, _), e in list(self._by_key.items()) if mode is None or m is mode)
+
+    def num_replays(self, mode: CUDAGraphMode | None = None) -> int:
+        """Graph launches, of one mode or of all."""
+        return sum(e.num_replays for (m, _), e in list(self._by_key.items()) if mode is None or m is mode)
+
+    def capture_seconds(self) -> float:
+        """Time spent in captures since the start."""
+        return sum(entry.capture_seconds for entry in list(self._by_key.values()))
+
+    def _entry(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> KeyCounters:
+        entry = self._by_key.get((mode, descriptor))
+        if entry is None:
+            entry = self._by_key[mode, descriptor] = KeyCounters()
+        return entry
