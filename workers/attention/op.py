@@ -1,0 +1,44 @@
+"""``torch.ops.warmgraph.attention``: attention as one opaque op, the point where graphs are split.
+
+The op takes what the compiled code computes and nothing else; backend, metadata and caches come from the
+forward context, so that their shapes never enter a graph. Registered through ``torch.library.Library``,
+because ``torch.library.custom_op`` imports the compiler.
+
+Shape suffixes: T = tokens of the batch (padded), H = query heads, K = KV heads, D = head size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from workers.graphs.context import get_forward_context
+
+# torch.library carries no annotations.
+_LIBRARY = torch.library.Library("warmgraph", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMA = "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, int layer) -> ()"
+_LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
+
+
+def _attention(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, out_THD: torch.Tensor, layer: int
+) -> None:
+    """Write k and v to the cache of ``layer`` and attention's result to ``out_THD``.
+
+    ``v_TKD`` is usually a strided view of the fused projection. In a profiling run (no metadata) the result
+    is zeros and no cache is touched.
+    """
+    context = get_forward_context()
+    if context.attn_metadata is None:
+        out_THD.zero_()
+        return
+    context.attn_backend.forward(q_THD, k_TKD, v_TKD, context.kv_caches[layer], context.attn_metadata, out_THD)
+
+
+def _attention_fake(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, out_THD: torch.Tensor, layer: int
+) -> None:
+    """For tracing: nothing is returned, and nothing about the mutated tensor changes."""
+
+
+_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY._register_fake("attention", _attention_fake)  # type: ignore[no-untyped-call]
