@@ -1,7 +1,7 @@
 """How one request wants its tokens chosen and when it wants to stop.
 
-Field names, defaults and special values are those of vLLM's ``SamplingParams``, with one difference: ``n > 1``
-is allowed with greedy sampling and gives equal completions. Knows nothing about tensors or tokenizers.
+Field names, defaults and special values are those of vLLM's ``SamplingParams``, except that ``n > 1`` is allowed
+with greedy sampling and gives equal completions. Knows nothing about tensors or tokenizers.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ class SamplingParams:
             )
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(
-                    f"{name} must be true or false, got {getattr(self, name)!r}.", param=name
-                )
+                raise InvalidRequestError(f"{name} must be true or false, got {getattr(self, name)!r}.", param=name)
         self._check_logprobs()
         self._normalise_stops()
         self._check_logit_bias()
@@ -142,9 +140,7 @@ class SamplingParams:
         if any(not isinstance(s, str) or not s for s in stop):
             raise InvalidRequestError("stop must hold non-empty strings only.", param="stop")
         if stop and not self.detokenize:
-            raise InvalidRequestError(
-                "stop strings need detokenize=True; use stop_token_ids instead.", param="stop"
-            )
+            raise InvalidRequestError("stop strings need detokenize=True; use stop_token_ids instead.", param="stop")
         ids = _as_tuple("stop_token_ids", self.stop_token_ids)
         for token_id in ids:
             _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
@@ -192,7 +188,7 @@ class SamplingParams:
 
 
 def _offset_seed(seed: int, offset: int) -> int:
-    """``seed + offset``, wrapped to 64 bits; -1, which would mean no seed, becomes one far from the others."""
+    """``seed + offset``, wrapped to 64 bits; -1, which would mean no seed, becomes one far from the rest."""
     moved = (seed + offset + _SEED_RANGE) % (2 * _SEED_RANGE) - _SEED_RANGE
     return moved if moved != _NO_SEED else seed ^ (1 << 62)
 
@@ -217,6 +213,4 @@ def _check_float(name: str, value: object, low: float, high: float, *, open_low:
         raise InvalidRequestError(f"{name} must be a finite number, got {value!r}.", param=name)
     if value > high or value < low or (open_low and value == low):
         bound = "greater than" if open_low else "at least"
-        raise InvalidRequestError(
-            f"{name} must be {bound} {low} and at most {high}, got {value}.", param=name
-        )
+        raise InvalidRequestError(f"{name} must be {bound} {low} and at most {high}, got {value}.", param=name)
