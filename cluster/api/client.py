@@ -5,7 +5,7 @@ Implemented on Ray by the cluster and by a scripted fake in the tests. Knows not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from cluster.messages import GenerateRequest
@@ -46,11 +46,17 @@ class TokenStream(Protocol):
     ``__anext__``, aborts the request and frees what it holds; after the last chunk ``aclose`` does nothing.
     """
 
-    def __aiter__(self) -> TokenStream: ...
+    def __aiter__(self) -> AsyncIterator[TokenChunk]:
+        """Itself."""
+        ...
 
-    async def __anext__(self) -> TokenChunk: ...
+    async def __anext__(self) -> TokenChunk:
+        """The next chunk."""
+        ...
 
-    async def aclose(self) -> None: ...
+    async def aclose(self) -> None:
+        """Abort the request, unless it is finished."""
+        ...
 
 
 class ModelClient(Protocol):

@@ -63,6 +63,8 @@ def start_generation(
     arrival: Arrival,
     prompts: Sequence[TokenizedPrompt],
     params: Sequence[SamplingParams],
+    *,
+    discard_output: bool = False,
 ) -> Generation:
     """Fan out: ``n`` requests for each prompt, with the parameters of that prompt. Nothing runs until it is read."""
     requests = [
@@ -77,4 +79,5 @@ def start_generation(
         params[0].n,
         context.metrics.for_model(client.name),
         arrival.started_s,
+        discard_output=discard_output,
     )

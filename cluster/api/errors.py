@@ -128,4 +128,6 @@ def to_api_error(error: Exception) -> ApiError:
 def _unexpected(error: Exception) -> ApiError:
     error_id = uuid.uuid4().hex
     logger.error("unexpected error %s", error_id, exc_info=error)
-    return ApiError(500, f"Internal error; the server's log has the details under {error_id}.", _SERVER, "internal_error")
+    return ApiError(
+        500, f"Internal error; the server's log has the details under {error_id}.", _SERVER, "internal_error"
+    )

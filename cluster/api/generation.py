@@ -32,16 +32,25 @@ class Generation:
         n: Choices per prompt.
         metrics: The model's metrics.
         started_s: ``time.perf_counter()`` at the arrival of the HTTP request.
+        discard_output: Only the prompts are of interest: what is generated is neither counted nor handed out.
     """
 
     def __init__(
-        self, client: ModelClient, requests: Sequence[GenerateRequest], n: int, metrics: ModelMetrics, started_s: float
+        self,
+        client: ModelClient,
+        requests: Sequence[GenerateRequest],
+        n: int,
+        metrics: ModelMetrics,
+        started_s: float,
+        *,
+        discard_output: bool = False,
     ) -> None:
         self.requests = requests
         self._client = client
         self._n = n
         self._metrics = metrics
         self._started_s = started_s
+        self._discard_output = discard_output
         self._last_token_s: list[float | None] = [None] * len(requests)
         self._unfinished = set(range(len(requests)))
         self._num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests[::n])
@@ -58,6 +67,8 @@ class Generation:
         try:
             async with aclosing(_merge(self._client, self.requests)) as merged:
                 async for index, chunk in merged:
+                    if self._discard_output:
+                        _discard_output(chunk)
                     self._account(index, chunk)
                     yield index, chunk
             if self._unfinished:
@@ -70,6 +81,14 @@ class Generation:
         except Exception:
             self._metrics.finished["error"].inc(len(self._unfinished))
             raise
+
+    async def collect(self) -> list[TokenChunk]:
+        """Every choice as one chunk. Raises what :meth:`chunks` raises."""
+        parts: list[list[TokenChunk]] = [[] for _ in self.requests]
+        async with aclosing(self.chunks()) as chunks:
+            async for index, chunk in chunks:
+                parts[index].append(chunk)
+        return [_join(chunks_of_choice) for chunks_of_choice in parts]
 
     def usage(self) -> Usage:
         """Tokens so far."""
@@ -86,15 +105,14 @@ class Generation:
             now, last = time.perf_counter(), self._last_token_s[index]
             if last is None:
                 self._metrics.time_to_first_token.observe(now - self._started_s)
-                if index % self._n == 0:
-                    self._metrics.prompt_tokens.inc(len(self.requests[index].prompt_token_ids))
             else:
                 self._metrics.inter_token_latency.observe(now - last)
             self._last_token_s[index] = now
             self._metrics.generation_tokens.inc(num_tokens)
             self._num_generated_tokens += num_tokens
-        if chunk.num_cached_tokens is not None and index % self._n == 0:
+        if chunk.num_cached_tokens is not None and index % self._n == 0:  # a prompt's first chunk
             self._num_cached_tokens += chunk.num_cached_tokens
+            self._metrics.prompt_tokens.inc(len(self.requests[index].prompt_token_ids))
         if chunk.finish_reason is not None:
             self._finish(index, chunk)
 
@@ -107,6 +125,27 @@ class Generation:
         self._unfinished.discard(index)
         self._metrics.finished[chunk.finish_reason.value].inc()
         self._metrics.e2e_latency.observe(time.perf_counter() - self._started_s)
+
+
+def _join(chunks: Sequence[TokenChunk]) -> TokenChunk:
+    """The chunks of one choice, finished, as one."""
+    first, last = chunks[0], chunks[-1]
+    return TokenChunk(
+        request_id=first.request_id,
+        token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids],
+        text="".join(chunk.text for chunk in chunks),
+        logprobs=[position for chunk in chunks for position in chunk.logprobs or ()],
+        prompt_logprobs=first.prompt_logprobs,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        num_cached_tokens=first.num_cached_tokens,
+    )
+
+
+def _discard_output(chunk: TokenChunk) -> None:
+    chunk.token_ids, chunk.text, chunk.logprobs, chunk.stop_reason = [], "", None, None
+    if chunk.finish_reason is FinishReason.STOP:
+        chunk.finish_reason = FinishReason.LENGTH
 
 
 async def _merge(

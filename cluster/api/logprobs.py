@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cluster.api.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from workers.outputs import Logprob, PositionLogprobs
@@ -29,7 +29,10 @@ def chat_logprobs(token_ids: Sequence[int], positions: Sequence[PositionLogprobs
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], text_offset: int
+    token_ids: Sequence[int],
+    positions: Sequence[PositionLogprobs | None],
+    text_offset: int,
+    decode: Callable[[int], str],
 ) -> CompletionLogprobs:
     """One entry per token in each list. A position without log-probabilities (the first of a prompt) has nulls.
 
@@ -37,10 +40,11 @@ def completion_logprobs(
         token_ids: Tokens of the prompt (echo) or of the completion.
         positions: Their log-probabilities.
         text_offset: Characters of returned text before the first of them.
+        decode: Text of a token that has no log-probabilities.
     """
     result = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
     for token_id, position in zip(token_ids, positions, strict=True):
-        token = f"token_id:{token_id}" if position is None else _token(token_id, position[token_id])
+        token = decode(token_id) if position is None else _token(token_id, position[token_id])
         result.tokens.append(token)
         result.text_offset.append(text_offset)
         result.token_logprobs.append(None if position is None else max(position[token_id].logprob, _LOWEST))

@@ -74,7 +74,9 @@ class PromptReader:
 
         def read() -> TokenizedPrompt:
             text = tokenizer.render_chat(
-                messages, add_generation_prompt=request.add_generation_prompt, **(request.chat_template_kwargs or {})
+                messages,
+                add_generation_prompt=request.add_generation_prompt,
+                **(request.chat_template_kwargs or {}),
             )
             return TokenizedPrompt(tokenizer.encode(text, add_special_tokens=bool(request.add_special_tokens)), text)
 
@@ -92,7 +94,7 @@ def _split_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> lis
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]  # a list that starts with an id holds ids only
+        return [prompt]  # a list that starts with an id holds ids only
     return prompt  # type: ignore[return-value]  # a list of strings, or of lists of ids
 
 

@@ -74,7 +74,7 @@ class GenerationRequest(_Body):
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = _UNSUPPORTED_EVERYWHERE
 
-    model: str = Field(description="Name of a served model; GET /v1/models lists them.")
+    model: str = Field(max_length=256, description="Name of a served model; GET /v1/models lists them.")
     max_tokens: int | None = Field(default=None, description="Most tokens to generate.")
     n: int = Field(default=1, description="Completions per prompt, 1 to 128; seeded ones use seed, seed + 1, ...")
     stream: bool = Field(default=False, description="Answer with server-sent events, one per new piece of text.")
@@ -132,7 +132,8 @@ class CompletionRequest(GenerationRequest):
     )
     echo: bool = Field(default=False, description="Put the prompt before the completion.")
     logprobs: int | None = Field(
-        default=None, description="Log-probabilities of the tokens and of this many most likely ones, 0 to 20."
+        default=None,
+        description="Log-probabilities of the tokens and of this many most likely ones, 0 to 20.",
     )
 
     @pydantic.model_validator(mode="after")
@@ -198,12 +199,8 @@ class ChatCompletionRequest(GenerationRequest):
     )
     logprobs: bool = Field(default=False, description="Report the log-probability of every token.")
     top_logprobs: int | None = Field(default=None, description="Most likely tokens to report, 0 to 20; needs logprobs.")
-    metadata: dict[str, str] | None = Field(
-        default=None, description="Accepted for your own records; has no effect."
-    )
-    safety_identifier: str | None = Field(
-        default=None, description="Accepted for your own records; has no effect."
-    )
+    metadata: dict[str, str] | None = Field(default=None, description="Accepted for your own records; has no effect.")
+    safety_identifier: str | None = Field(default=None, description="Accepted for your own records; has no effect.")
     add_generation_prompt: bool = Field(
         default=True, description="Extension. End the prompt with the start of an assistant message."
     )

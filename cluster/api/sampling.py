@@ -5,7 +5,7 @@ Knows no HTTP; ranges of the parameters themselves are SamplingParams' to check.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from cluster.api.client import ModelClient
 from cluster.api.protocol import GenerationRequest
@@ -14,7 +14,13 @@ from workers.sampling_params import MAX_LOGPROBS, SamplingParams
 
 
 def resolve_max_tokens(
-    num_prompt_tokens: int, max_model_len: int, requested: int | None, *, param: str, default: int | None = None
+    num_prompt_tokens: int,
+    max_model_len: int,
+    requested: int | None,
+    *,
+    param: str,
+    prompt_param: str = "prompt",
+    default: int | None = None,
 ) -> int:
     """Most tokens to generate. An explicit number that does not fit is an error; the default shrinks to fit.
 
@@ -23,6 +29,7 @@ def resolve_max_tokens(
         max_model_len: The model's context, prompt and output together.
         requested: What the request says, or None.
         param: Name of the parameter that said it.
+        prompt_param: Name of the parameter that holds the prompt.
         default: Used if the request says nothing; None means what is left of the context.
 
     Raises:
@@ -33,7 +40,7 @@ def resolve_max_tokens(
         raise PromptTooLongError(
             f"The prompt has {num_prompt_tokens} tokens, but the model's context is {max_model_len} tokens, prompt and "
             f"output together; shorten the prompt to at most {max_model_len - 1} tokens.",
-            param="messages" if param == "max_completion_tokens" else "prompt",
+            param=prompt_param,
         )
     if requested is None:
         return left if default is None else min(default, left)
@@ -92,9 +99,11 @@ def sampling_params(
     )
 
 
-def check_token_ids(token_ids: Iterable[int], vocab_size: int, param: str) -> None:
+def check_token_ids(token_ids: Collection[int], vocab_size: int, param: str) -> None:
     """Refuse token ids that the model does not have."""
-    for token_id in token_ids:
+    if not token_ids:
+        return
+    for token_id in (min(token_ids), max(token_ids)):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequestError(
                 f"{param} has the token id {token_id}, but the model's ids go from 0 to {vocab_size - 1}.", param=param

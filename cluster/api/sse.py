@@ -10,13 +10,15 @@ import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from json.encoder import encode_basestring_ascii
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.api.errors import to_api_error
+from cluster.api.generation import Generation
 from cluster.api.responses import Usage
+from workers.outputs import TokenChunk
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -57,6 +59,28 @@ def fill(frame: tuple[str, str], text: str) -> bytes:
 
 def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
+
+
+class ChunkEncoder(Protocol):
+    """Writes the chunks of one endpoint's stream."""
+
+    envelope: ChunkEnvelope
+
+    def encode(self, index: int, chunk: TokenChunk) -> bytes:
+        """The events that tell the client of ``chunk``; b"" if there is nothing to tell yet."""
+        ...
+
+
+async def generation_events(generation: Generation, encoder: ChunkEncoder) -> AsyncGenerator[bytes, None]:
+    """The events of a generation. Closing it aborts the generation."""
+    async with aclosing(generation.chunks()) as chunks:
+        async for index, chunk in chunks:
+            events = encoder.encode(index, chunk)
+            if events:
+                yield events
+    usage = encoder.envelope.usage(generation.usage())
+    if usage:
+        yield usage
 
 
 class EventStreamResponse(Response):

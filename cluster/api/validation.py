@@ -45,8 +45,7 @@ def parse_request(request_type: type[RequestT], body: bytes) -> RequestT:
     Raises:
         InvalidRequestError: One sentence; the subclass says which kind of mistake.
     """
-    data = decode_json_object(body)
-    _refuse_foreign_parameters(request_type, data)
+    data = _without_foreign_parameters(request_type, decode_json_object(body))
     try:
         return request_type.model_validate(data)
     except pydantic.ValidationError as error:
@@ -106,7 +105,8 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _refuse_foreign_parameters(request_type: type[GenerationRequest], data: dict[str, Any]) -> None:
+def _without_foreign_parameters(request_type: type[GenerationRequest], data: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that do something; the others are refused, or ask for nothing."""
     fields = request_type.model_fields
     for name, value in data.items():
         if name in fields or value is None:
@@ -117,6 +117,7 @@ def _refuse_foreign_parameters(request_type: type[GenerationRequest], data: dict
         if not any(type(value) is type(item) and value == item for item in neutral):
             other = f" or set it to {json.dumps(neutral[0])}" if neutral else ""
             raise UnsupportedParameterError(f"{name} is not supported; remove it{other}.", param=name)
+    return {name: value for name, value in data.items() if name in fields}
 
 
 def _unknown(path: str, name: str, valid: Iterable[str]) -> UnknownParameterError:
@@ -135,9 +136,7 @@ def _explain(item: Any, request_type: type[GenerationRequest]) -> InvalidRequest
     if kind == "too_short":
         return InvalidRequestError(f"{path} must not be empty.", param=path)
     if kind == "literal_error":
-        return InvalidRequestError(
-            f"{path} must be {item['ctx']['expected']}, got {_show(item['input'])}.", param=path
-        )
+        return InvalidRequestError(f"{path} must be {item['ctx']['expected']}, got {_show(item['input'])}.", param=path)
     if kind == "value_error":
         return _from_checker(path, str(item["ctx"]["error"]))
     expected = _EXPECTED.get(kind)
