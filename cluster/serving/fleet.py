@@ -7,6 +7,7 @@ iterator of chunks. Knows Serve handles and messages; knows nothing about HTTP o
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import dataclasses
 import logging
 import uuid
@@ -18,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitReply
-from cluster.routing import pinned_router
+from cluster.routing import running_replicas
 from cluster.routing.policies import ReplicaSnapshot, RoutingPolicy, RoutingRequest
 from workers.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from workers.outputs import FinishReason, TokenChunk
@@ -134,7 +135,7 @@ class Fleet:
         loop = asyncio.get_running_loop()
         if not self._handle.is_initialized:
             self._handle._init()
-        pinned_router.listen(
+        running_replicas.listen(
             self._app_name,
             self._deployment,
             lambda ids: loop.call_soon_threadsafe(self._on_replicas, ids) and None,
@@ -241,7 +242,16 @@ class Fleet:
         task.add_done_callback(self._background.discard)
 
     async def _call(self, link: _Link, method: str, *args: Any) -> Any:
-        return await getattr(self._handle, method).remote(*args, replica_id=link.replica_id)
+        """Call one replica.
+
+        The call runs in a context of its own: Serve's router tells calls apart by the HTTP request that they come
+        from, and would take two calls of one request for the same.
+        """
+
+        async def call() -> Any:
+            return await getattr(self._handle, method).remote(*args, replica_id=link.replica_id)
+
+        return await asyncio.get_running_loop().create_task(call(), context=contextvars.Context())
 
     def _on_replicas(self, replica_ids: frozenset[str]) -> None:
         for link in self._links.values():

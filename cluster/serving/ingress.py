@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from cluster.api.app import create_app
+from cluster.api.metrics import HttpMetrics
 from cluster.api.settings import ApiSettings
 from cluster.config import DeploymentConfig
 from cluster.routing.policies import POLICIES
@@ -33,7 +34,7 @@ class Ingress:
 
     def __init__(self, config: dict[str, Any], handles: dict[str, DeploymentHandle[Any]]) -> None:
         self._config = DeploymentConfig.from_dict(config)
-        self._registry = CollectorRegistry()
+        self._metrics = HttpMetrics(CollectorRegistry())
         models = []
         for model in self._config.models:
             handle = handles[model.name]
@@ -52,11 +53,12 @@ class Ingress:
         for model in self._directory.models():
             model.fleet.start()
         settings = ApiSettings(max_body_bytes=self._config.http.max_body_bytes)
-        return create_app(self._directory, self._registry, self._exposition, settings)
+        return create_app(self._directory, self._metrics, settings, self._export_metrics)
 
-    async def _exposition(self) -> tuple[bytes, str]:
+    async def _export_metrics(self) -> tuple[bytes, str]:
         """This ingress' own metrics and those of every replica, and their content type."""
         models = self._directory.models()
         stats = await asyncio.gather(*(model.fleet.stats() for model in models))
         by_replica = {model.name: replicas for model, replicas in zip(models, stats, strict=True)}
-        return generate_latest(self._registry) + render_engine_metrics(by_replica), CONTENT_TYPE_LATEST
+        own, content_type = await self._metrics.export()
+        return own + render_engine_metrics(by_replica), content_type

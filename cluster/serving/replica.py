@@ -14,9 +14,7 @@ from typing import Any
 from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitReply
 from cluster.serving.outbox import Outbox
 from workers.config import EngineConfig
-from workers.engine.engine import Engine
 from workers.engine.stats import EngineStats
-from workers.engine.thread import EngineThread
 from workers.errors import EngineDeadError, UserError
 from workers.outputs import TokenChunk
 
@@ -34,6 +32,10 @@ class EngineReplica:
     """
 
     def __init__(self, engine: dict[str, Any], max_queued_requests: int) -> None:
+        # Imported here because the class is also imported where the application is built, which needs no torch.
+        from workers.engine.engine import Engine
+        from workers.engine.thread import EngineThread
+
         self._config = EngineConfig.create(**engine)
         self._max_queued_requests = max_queued_requests
         self._loop = asyncio.get_event_loop()

@@ -140,6 +140,10 @@ class Engine:
         self._busy_seconds += time.perf_counter() - started
         return chunks
 
+    def use_idle_time(self) -> bool:
+        """Do one short piece of work that can wait for an idle moment (a graph capture); returns whether more may be left."""
+        return self.runner.capture_next_graph()
+
     def stats(self) -> EngineStats:
         """A snapshot of the engine's work."""
         return EngineStats(

@@ -125,13 +125,18 @@ class EngineThread:
             self._die(error, engine)
 
     def _loop(self, engine: Engine) -> None:
+        has_idle_work = True
         while True:
-            commands = self._next_commands(wait=not engine.has_unfinished)
+            commands = self._next_commands(wait=not engine.has_unfinished and not has_idle_work)
             for command in commands:
                 if command is None:
                     return
                 self._apply(engine, command)
-            chunks = engine.step() if engine.has_unfinished else []
+            chunks: list[TokenChunk] = []
+            if engine.has_unfinished:
+                chunks = engine.step()
+            else:
+                has_idle_work = engine.use_idle_time()
             for chunk in chunks:
                 if chunk.finish_reason is not None:
                     self._live.discard(chunk.request_id)

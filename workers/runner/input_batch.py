@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.attention.base import BatchGeometry
+from workers.attention.base import PADDING_SLOT, BatchGeometry
 from workers.request import Request
 from workers.runner.buffers import HostDeviceBuffer
 from workers.scheduler.output import ScheduledRequest, SchedulerOutput
@@ -25,7 +25,7 @@ from workers.scheduler.output import ScheduledRequest, SchedulerOutput
 
 @dataclasses.dataclass(slots=True)
 class StepInputs:
-    """One step, ready for the model: views of the persistent buffers, ``num_tokens`` long unless padded.
+    """One step, ready for the model: views of the persistent buffers, as long as the padded batch.
 
     Attributes:
         geometry: For the attention backend.
@@ -35,7 +35,7 @@ class StepInputs:
         sampled_slots: Their slots, on the host.
         sampled_slots_R: Their slots, int64, on the device.
         num_output_R: int64, index of the output token each of them gets.
-        last_rows_R: int64, row of ``hidden`` that predicts it; None if that is every row in order.
+        last_rows_R: int64, row of ``hidden`` that predicts it; None if those are the first rows, in order.
     """
 
     geometry: BatchGeometry
@@ -96,22 +96,54 @@ class InputBatch:
         self._num_blocks[slot] = 0
         return slot, True
 
-    def prepare(self, output: SchedulerOutput, slots: list[int]) -> StepInputs:
+    def prepare(self, output: SchedulerOutput, slots: list[int], num_tokens: int, num_reqs: int) -> StepInputs:
         """Write the step's inputs and commit them to the device.
 
         Args:
             output: The scheduler's decision.
             slots: The slot of each scheduled request, from :meth:`seat`.
+            num_tokens: Tokens of the padded batch.
+            num_reqs: Requests of the padded batch. Padding rows have length 0 and write to no cache slot.
         """
         scheduled = output.scheduled
         self._update_block_tables(scheduled, slots)
         starts = np.array([s.num_computed_tokens for s in scheduled], dtype=np.int64)
         lens = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
         slots_np = np.array(slots, dtype=np.int64)
-        input_ids_T = self._commit_input_ids(output, slots)
-        positions_T, slot_mapping_T = self._commit_positions(output.num_tokens, starts, lens, slots_np)
-        geometry = self._geometry(output, starts, lens, slots_np, slot_mapping_T)
+        input_ids_T = self._commit_input_ids(output, slots, num_tokens)
+        positions_T, slot_mapping_T = self._commit_positions(output.num_tokens, num_tokens, starts, lens, slots_np)
+        geometry = self._geometry(output, num_reqs, starts, lens, slots_np, slot_mapping_T)
         return self._sampled_rows(output, slots, geometry, input_ids_T, positions_T)
+
+    def prepare_dummy(self, num_tokens: int, num_reqs: int, max_query_len: int) -> StepInputs:
+        """A batch of padding rows only, at the addresses of real ones: for warm-up and capture."""
+        self._input_ids.np[:num_tokens] = 0
+        self._positions.np[:num_tokens] = 0
+        self._slot_mapping.np[:num_tokens] = PADDING_SLOT
+        self._query_start_loc.np[: num_reqs + 1] = 0
+        self._seq_lens.np[:num_reqs] = 0
+        geometry = BatchGeometry(
+            num_reqs=0,
+            num_tokens=0,
+            max_query_len=max_query_len,
+            max_seq_len=max_query_len,
+            query_start_loc_cpu=self._query_start_loc.np[: num_reqs + 1].copy(),
+            seq_lens_cpu=self._seq_lens.np[:num_reqs].copy(),
+            query_start_loc=self._query_start_loc.commit(num_reqs + 1),
+            seq_lens=self._seq_lens.commit(num_reqs),
+            block_table_RM=self._tables.device[:num_reqs],
+            slot_mapping_T=self._slot_mapping.commit(num_tokens),
+        )
+        return StepInputs(
+            geometry=geometry,
+            input_ids_T=self._input_ids.commit(num_tokens),
+            positions_T=self._positions.commit(num_tokens),
+            sampled=[],
+            sampled_slots=[],
+            sampled_slots_R=self._sampled_slots.device[:0],
+            num_output_R=self._num_output.device[:0],
+            last_rows_R=None,
+        )
 
     def _update_block_tables(self, scheduled: list[ScheduledRequest], slots: list[int]) -> None:
         for item, slot in zip(scheduled, slots, strict=True):
@@ -121,7 +153,7 @@ class InputBatch:
                 self._block_table[slot, known : len(block_ids)] = block_ids[known:]
                 self._num_blocks[slot] = len(block_ids)
 
-    def _commit_input_ids(self, output: SchedulerOutput, slots: list[int]) -> torch.Tensor:
+    def _commit_input_ids(self, output: SchedulerOutput, slots: list[int], padded: int) -> torch.Tensor:
         """Tokens the host knows come from the request; a token still being sampled is read on the device."""
         ids: list[int] = []
         from_device: list[int] = []
@@ -135,7 +167,8 @@ class InputBatch:
             else:
                 ids.extend(known[start : start + item.num_tokens])
         self._input_ids.np[: len(ids)] = ids
-        input_ids_T = self._input_ids.commit(len(ids))
+        self._input_ids.np[len(ids) : padded] = 0
+        input_ids_T = self._input_ids.commit(padded)
         if from_device:
             # Decodes come first and bring one token each, so row and token index agree.
             num_rows = from_device[-1] + 1
@@ -149,7 +182,12 @@ class InputBatch:
         return input_ids_T
 
     def _commit_positions(
-        self, num_tokens: int, starts: npt.NDArray[np.int64], lens: npt.NDArray[np.int64], slots: npt.NDArray[np.int64]
+        self,
+        num_tokens: int,
+        padded: int,
+        starts: npt.NDArray[np.int64],
+        lens: npt.NDArray[np.int64],
+        slots: npt.NDArray[np.int64],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if num_tokens == len(starts):
             positions, slot_of_token = starts, slots
@@ -160,24 +198,29 @@ class InputBatch:
         blocks = self._block_table[slot_of_token, positions // self.block_size].astype(np.int64)
         self._positions.np[:num_tokens] = positions
         self._slot_mapping.np[:num_tokens] = blocks * self.block_size + positions % self.block_size
-        return self._positions.commit(num_tokens), self._slot_mapping.commit(num_tokens)
+        self._positions.np[num_tokens:padded] = 0
+        self._slot_mapping.np[num_tokens:padded] = PADDING_SLOT
+        return self._positions.commit(padded), self._slot_mapping.commit(padded)
 
     def _geometry(
         self,
         output: SchedulerOutput,
+        padded: int,
         starts: npt.NDArray[np.int64],
         lens: npt.NDArray[np.int64],
         slots: npt.NDArray[np.int64],
         slot_mapping_T: torch.Tensor,
     ) -> BatchGeometry:
         num_reqs = output.num_reqs
-        query_start_loc = np.zeros(num_reqs + 1, dtype=np.int32)
-        np.cumsum(lens, out=query_start_loc[1:])
-        seq_lens = (starts + lens).astype(np.int32)
+        query_start_loc = np.zeros(padded + 1, dtype=np.int32)
+        np.cumsum(lens, out=query_start_loc[1 : num_reqs + 1])
+        query_start_loc[num_reqs + 1 :] = output.num_tokens
+        seq_lens = np.zeros(padded, dtype=np.int32)
+        seq_lens[:num_reqs] = starts + lens
         max_seq_len = int(seq_lens.max())
         num_columns = -(-max_seq_len // self.block_size)
-        self._query_start_loc.np[: num_reqs + 1] = query_start_loc
-        self._seq_lens.np[:num_reqs] = seq_lens
+        self._query_start_loc.np[: padded + 1] = query_start_loc
+        self._seq_lens.np[:padded] = seq_lens
         self._tables.np[:num_reqs, :num_columns] = self._block_table[slots, :num_columns]
         return BatchGeometry(
             num_reqs=num_reqs,
@@ -186,9 +229,9 @@ class InputBatch:
             max_seq_len=max_seq_len,
             query_start_loc_cpu=query_start_loc,
             seq_lens_cpu=seq_lens,
-            query_start_loc=self._query_start_loc.commit(num_reqs + 1),
-            seq_lens=self._seq_lens.commit(num_reqs),
-            block_table_RM=self._tables.commit(num_reqs),
+            query_start_loc=self._query_start_loc.commit(padded + 1),
+            seq_lens=self._seq_lens.commit(padded),
+            block_table_RM=self._tables.commit(padded),
             slot_mapping_T=slot_mapping_T,
         )
 

@@ -14,6 +14,7 @@ import torch
 
 from workers.attention.selector import make_backend
 from workers.config import EngineConfig
+from workers.graphs import GraphReport
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.config import ModelConfig
 from workers.model.loader import load_model
@@ -21,6 +22,7 @@ from workers.outputs import PositionLogprobs
 from workers.request import Request
 from workers.runner import kv_cache
 from workers.runner.device import resolve_device, resolve_dtype
+from workers.runner.graphed_model import GraphedModel
 from workers.runner.input_batch import InputBatch, StepInputs
 from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sampled_logprobs
 from workers.sampling.logprobs import LogprobsTensors
@@ -127,23 +129,37 @@ class ModelRunner:
             self.backend, model_config.num_hidden_layers, self.num_blocks, self.device
         )
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
+        self._graphs = GraphedModel(config, self.model, self.backend, self._kv_caches, self._batch)
+        self._graphs.capture_first_set()
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> PendingStep:
         """Launch one step; returns at once on CUDA, when it is done on a CPU."""
         slots = self._seat(output)
-        inputs = self._batch.prepare(output, slots)
-        hidden_TE = self._forward(inputs)
-        prompt = prompt_logprobs(output, hidden_TE, self.model.compute_logits)
+        mode, descriptor = self._graphs.dispatch(output)
+        inputs = self._batch.prepare(output, slots, descriptor.num_tokens, descriptor.num_reqs or output.num_reqs)
+        hidden_TE, logits_RV = self._graphs.run(inputs, mode, descriptor)
+        prompt: dict[str, PromptLogprobsChunk] = {}
+        if hidden_TE is not None:
+            prompt = prompt_logprobs(output, hidden_TE, self.model.compute_logits)
+            logits_RV = self._sampled_logits(inputs, hidden_TE)
+        assert logits_RV is not None
         plan = self._sampling.plan(inputs.sampled_slots)
-        rows_RE = hidden_TE if inputs.last_rows_R is None else hidden_TE.index_select(0, inputs.last_rows_R)
-        sampled = self._sampler.sample(
-            self.model.compute_logits(rows_RE), inputs.sampled_slots_R, inputs.num_output_R, plan
-        )
+        logits_RV = logits_RV[: len(inputs.sampled)]
+        sampled = self._sampler.sample(logits_RV, inputs.sampled_slots_R, inputs.num_output_R, plan)
         self._batch.last_token_S.index_copy_(0, inputs.sampled_slots_R, sampled.token_ids_R)
         token_ids_R, done = self._start_copy(sampled.token_ids_R)
         requests = [item.request for item in inputs.sampled]
         return PendingStep(requests, token_ids_R, done, sampled.logprobs, prompt)
+
+    @torch.inference_mode()
+    def capture_next_graph(self) -> bool:
+        """Use an idle moment for one more capture; returns whether there was one to make."""
+        return self._graphs.capture_next(idle=True)
+
+    def graph_report(self) -> GraphReport:
+        """What the graph layer captured, replayed and padded so far."""
+        return self._graphs.report()
 
     def _seat(self, output: SchedulerOutput) -> list[int]:
         """Give newcomers a slot, and free those of requests that left."""
@@ -162,11 +178,10 @@ class ModelRunner:
         self._sampling.flush()
         return slots
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
-        context = ForwardContext(self.backend, self.backend.build_metadata(inputs.geometry), self._kv_caches)
-        with set_forward_context(context):
-            hidden_TE: torch.Tensor = self.model(inputs.input_ids_T, inputs.positions_T)
-        return hidden_TE
+    def _sampled_logits(self, inputs: StepInputs, hidden_TE: torch.Tensor) -> torch.Tensor:
+        if inputs.last_rows_R is None:
+            return self.model.compute_logits(hidden_TE[: len(inputs.sampled)])
+        return self.model.compute_logits(hidden_TE.index_select(0, inputs.last_rows_R))
 
     def _start_copy(self, token_ids_R: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Begin moving the step's tokens to the host."""
