@@ -52,7 +52,9 @@ def byte_level_vocabulary() -> tuple[list[str], list[str], list[int]]:
     return tokens, [" ".join(pair) for pair in merges], types
 
 
-def write_gguf(path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]) -> Path:
+def write_gguf(
+    path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]
+) -> Path:
     """A GGUF file with just these keys (bool, int, float, str, or lists of them) and tensors.
 
     Tensors are quantised here, unless they are of dtype uint8, the blocks as they are stored.

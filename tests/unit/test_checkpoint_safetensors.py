@@ -48,7 +48,7 @@ def test_file_is_what_safetensors_reads() -> None:
     writer.write("first", (first[:1], first[1:]))
     writer.write("second", (second,))
     writer.close()
-    tensors = dict(deserialize(buffer.getvalue()))
+    tensors = dict(deserialize(buffer.getvalue()))  # type: ignore[no-untyped-call]  # has no annotations
     assert {name: (info["dtype"], info["shape"]) for name, info in tensors.items()} == {
         "first": ("BF16", [3, 4]),
         "second": ("BF16", [2]),

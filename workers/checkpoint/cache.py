@@ -52,6 +52,4 @@ def imported_models() -> list[str]:
     root = models_root()
     if not root.is_dir():
         return []
-    return sorted(
-        path.name for path in root.iterdir() if is_model_name(path.name) and (path / "config.json").is_file()
-    )
+    return sorted(path.name for path in root.iterdir() if is_model_name(path.name) and (path / "config.json").is_file())

@@ -37,9 +37,7 @@ def convert_gguf(source: Path, folder: Path, progress: Progress | None = None) -
         config = hf_config(file)
         plans = plan_tensors(file, find_architecture(file), config)
         build_tokenizer(file).save(str(folder / "tokenizer.json"), pretty=False)
-        _write_json(
-            folder / "tokenizer_config.json", hf_tokenizer_config(file, config["max_position_embeddings"])
-        )
+        _write_json(folder / "tokenizer_config.json", hf_tokenizer_config(file, config["max_position_embeddings"]))
         _write_json(folder / "config.json", config)
         _write_json(folder / "generation_config.json", hf_generation_config(file))
         num_bytes = sum(plan.source.num_bytes for plan in plans)

@@ -101,9 +101,7 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         config["sliding_window"] = None  # transformers' default is 4096
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.number(key, int, config["head_dim"]) != config["head_dim"]:
-            raise ModelError(
-                f"{file.path}: {key} differs from the head size, which is not supported.", param="model"
-            )
+            raise ModelError(f"{file.path}: {key} differs from the head size, which is not supported.", param="model")
     return config
 
 
@@ -154,9 +152,7 @@ def _rope_scaling(keys: _Keys, theta: float) -> dict[str, Any] | None:
     if kind == "linear":
         return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor", float)}
     if kind != "none":
-        raise ModelError(
-            f"{path} uses RoPE scaling {kind!r}; supported are linear and llama3.", param="model"
-        )
+        raise ModelError(f"{path} uses RoPE scaling {kind!r}; supported are linear and llama3.", param="model")
     if "rope_freqs.weight" not in tensors:
         return None
     stored = keys.file.values(tensors["rope_freqs.weight"])
@@ -174,9 +170,7 @@ def _rope_scaling(keys: _Keys, theta: float) -> dict[str, Any] | None:
     return scaling
 
 
-def llama3_frequency_factors(
-    scaling: dict[str, Any], theta: float, num_freqs: int
-) -> npt.NDArray[np.float64]:
+def llama3_frequency_factors(scaling: dict[str, Any], theta: float, num_freqs: int) -> npt.NDArray[np.float64]:
     """What each rotary frequency is divided by, shape [num_freqs], under Llama 3's scaling.
 
     GGUF stores these divisors and not the four parameters. Meta has used one set of parameters but for

@@ -116,9 +116,7 @@ class GGUFFile:
         step = max(1, max_values // tensor.shape[-1])
         if order is None:
             for start in range(0, tensor.num_rows, step):
-                yield self._dequantize(
-                    tensor, self._read_rows(tensor, start, min(start + step, tensor.num_rows))
-                )
+                yield self._dequantize(tensor, self._read_rows(tensor, start, min(start + step, tensor.num_rows)))
         else:
             stored = self._read_rows(tensor, 0, tensor.num_rows)
             for start in range(0, tensor.num_rows, step):
@@ -189,9 +187,7 @@ def _parse_header(data: mmap.mmap) -> tuple[Metadata, dict[str, TensorInfo]]:
     cursor = _Cursor(data, offset=len(b"GGUF"))
     (version,) = cursor.unpack("I")
     if version not in _SUPPORTED_VERSIONS:
-        raise ValueError(
-            f"version {version:#x} where {' or '.join(map(str, _SUPPORTED_VERSIONS))} was expected"
-        )
+        raise ValueError(f"version {version:#x} where {' or '.join(map(str, _SUPPORTED_VERSIONS))} was expected")
     num_tensors, num_keys = cursor.unpack("QQ")
     metadata: Metadata = {}
     for _ in range(num_keys):

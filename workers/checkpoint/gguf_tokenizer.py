@@ -80,9 +80,7 @@ def build_tokenizer(file: GGUFFile) -> Tokenizer:
     elif kind == "llama":
         tokenizer, add_bos = _sentencepiece(file, vocab), True
     else:
-        raise ModelError(
-            f"{file.path} has a tokenizer of kind {kind!r}; supported are gpt2 and llama.", param="model"
-        )
+        raise ModelError(f"{file.path} has a tokenizer of kind {kind!r}; supported are gpt2 and llama.", param="model")
     _add_special_tokens(tokenizer, metadata)
     first = special_token(file, "bos") if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None
     last = special_token(file, "eos") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
@@ -120,9 +118,7 @@ def special_token(file: GGUFFile, name: str) -> str | None:
     if token_id is None:
         return None
     if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-        raise ModelError(
-            f"{file.path}: the {name} token {token_id!r} is not in the vocabulary.", param="model"
-        )
+        raise ModelError(f"{file.path}: the {name} token {token_id!r} is not in the vocabulary.", param="model")
     return str(tokens[token_id])
 
 

@@ -59,9 +59,7 @@ def _local_checkpoint(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path.absolute()
     if path.suffix in (".gguf", ".whl"):
-        raise ModelError(
-            f"{path} must be imported first: run `warmgraph model import {path}`.", param="model"
-        )
+        raise ModelError(f"{path} must be imported first: run `warmgraph model import {path}`.", param="model")
     raise ModelError(f"{path} is not a checkpoint folder: it has no config.json.", param="model")
 
 
