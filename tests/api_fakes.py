@@ -29,24 +29,26 @@ Script = Callable[[GenerateRequest], Sequence[Step]]
 class ByteTokenizer:
     """One token per UTF-8 byte, BOS before a text unless refused, and a chat template that shows what it got."""
 
-    def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return ([BOS] if add_special_tokens else []) + list(text.encode())
 
-    def decode(self, token_ids: list[int], /) -> str:
-        return bytes(token_id for token_id in token_ids if token_id != BOS).decode(errors="replace")
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return bytes(token_id for token_id in ids if token_id != BOS).decode(errors="replace")
+
+    def convert_id(self, token_id: int) -> str:
+        return self.decode([token_id])
 
     def render_chat(
         self,
         messages: list[dict[str, Any]],
-        /,
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
-        **template_kwargs: Any,
+        **kwargs: Any,
     ) -> str:
         if messages[0]["role"] == "assistant":
             raise InvalidRequestError("The chat template needs a user message first.", param="messages")
         text = "".join(f"<{message['role']}>{message.get('content', '')}" for message in messages)
-        text += "".join(f"[{key}={value}]" for key, value in template_kwargs.items())
+        text += "".join(f"[{key}={value}]" for key, value in kwargs.items())
         return text + "<assistant>" * add_generation_prompt
 
 

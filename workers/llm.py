@@ -113,9 +113,10 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation, or many, through the model's chat template; see :meth:`generate`."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        is_single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if is_single else messages
         tokenizer = self.get_tokenizer()
-        prompts = []
+        prompts: list[Prompt] = []
         for conversation in conversations:
             turns = [dict(turn) for turn in conversation]
             text = tokenizer.render_chat(turns, add_generation_prompt=add_generation_prompt)
@@ -170,9 +171,12 @@ class LLM:
     def _outputs(
         self, prompts: Sequence[Prompt], token_ids: list[list[int]], collected: list[_Collected]
     ) -> list[RequestOutput]:
+        parts_of_prompt: list[list[_Collected]] = [[] for _ in prompts]
+        for item in collected:
+            parts_of_prompt[item.prompt_index].append(item)
         outputs = []
         for prompt_index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)):
-            parts = [item for item in collected if item.prompt_index == prompt_index]
+            parts = parts_of_prompt[prompt_index]
             outputs.append(
                 RequestOutput(
                     request_id=str(prompt_index),

@@ -15,21 +15,24 @@ from workers.outputs import TokenChunk
 class Tokenizer(Protocol):
     """What the HTTP layer needs of a model's tokenizer. Methods are called from several threads."""
 
-    def encode(self, text: str, /, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``."""
         ...
 
-    def decode(self, token_ids: list[int], /) -> str:
-        """Text of ``token_ids``, special tokens included."""
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``."""
+        ...
+
+    def convert_id(self, token_id: int) -> str:
+        """Text of one token by itself, a special one included."""
         ...
 
     def render_chat(
         self,
         messages: list[dict[str, Any]],
-        /,
         add_generation_prompt: bool = True,
         tools: list[dict[str, Any]] | None = None,
-        **template_kwargs: Any,
+        **kwargs: Any,
     ) -> str:
         """The conversation as the model's chat template writes it, special tokens included.
 

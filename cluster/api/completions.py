@@ -120,7 +120,7 @@ class _ChoiceWriter:
         return result
 
     def _decode(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self._tokenizer is None else self._tokenizer.decode([token_id])
+        return f"token_id:{token_id}" if self._tokenizer is None else self._tokenizer.convert_id(token_id)
 
 
 class _CompletionEncoder:

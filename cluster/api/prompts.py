@@ -104,7 +104,7 @@ def _read_prompt(prompt: str | list[int], request: CompletionRequest, client: Mo
         add_special_tokens = request.add_special_tokens is not False
         return TokenizedPrompt(tokenizer.encode(prompt, add_special_tokens=add_special_tokens), prompt)
     check_token_ids(prompt, client.vocab_size, "prompt")
-    text = _require_tokenizer(client, "echo").decode(prompt) if request.echo else ""
+    text = _require_tokenizer(client, "echo").decode(prompt, skip_special_tokens=False) if request.echo else ""
     return TokenizedPrompt(prompt, text)
 
 

@@ -15,7 +15,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from cluster.routing import running_replicas
 
 
-class PinnedRouter(RequestRouter):  # type: ignore[misc]  # Ray ships no types for its router interface
+class PinnedRouter(RequestRouter):
     """Sends each call to the replica named by its ``replica_id`` keyword."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

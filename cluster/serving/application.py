@@ -36,26 +36,30 @@ def build(args: dict[str, Any]) -> Application:
     """
     config = DeploymentConfig.from_dict(args)
     engines = {model.name: _engine(model) for model in config.models}
-    ingress = serve.deployment(Ingress).options(
+    ingress: Any = serve.deployment(Ingress).options(  # type: ignore[attr-defined]  # Ray's overloads lose the class
         name="ingress",
         num_replicas=config.http.ingress_replicas,
         max_ongoing_requests=_MAX_ONGOING_HTTP,
         ray_actor_options={"num_cpus": config.http.ingress_cpus},
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    return ingress.bind(config.to_dict(), engines)
+    application: Application = ingress.bind(config.to_dict(), engines)
+    return application
 
 
 def _engine(model: ModelDeployment) -> Application:
     replicas = model.replicas
-    deployment = serve.deployment(EngineReplica).options(
+    deployment: Any = serve.deployment(EngineReplica).options(  # type: ignore[attr-defined]  # as above
         name=f"engine-{model.name.replace('/', '--')}",
         num_replicas=replicas.num_replicas,
         max_ongoing_requests=_MAX_ONGOING_CALLS,
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         health_check_period_s=replicas.health_check_period_s,
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
-        request_router_config=RequestRouterConfig(request_router_class="cluster.routing.pinned_router:PinnedRouter"),
+        request_router_config=RequestRouterConfig(
+            request_router_class="cluster.routing.pinned_router:PinnedRouter"  # type: ignore[arg-type]  # Ray's own gap
+        ),
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    return deployment.bind(model.engine.model_dump(mode="json"), replicas.max_queued_requests)
+    application: Application = deployment.bind(model.engine.model_dump(mode="json"), replicas.max_queued_requests)
+    return application

@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray.exceptions import RayError
@@ -134,19 +134,19 @@ class Fleet:
         """Connect to the replicas there are, and to every one that comes; call on the event loop."""
         loop = asyncio.get_running_loop()
         if not self._handle.is_initialized:
-            self._handle._init()
-        running_replicas.listen(
-            self._app_name,
-            self._deployment,
-            lambda ids: loop.call_soon_threadsafe(self._on_replicas, ids) and None,
-        )
+            self._handle._init()  # type: ignore[no-untyped-call]  # Ray's own gap
+
+        def on_replicas(replica_ids: frozenset[str]) -> None:
+            loop.call_soon_threadsafe(self._on_replicas, replica_ids)
+
+        running_replicas.listen(self._app_name, self._deployment, on_replicas)
 
     @property
     def snapshots(self) -> list[ReplicaSnapshot]:
         """The connected replicas."""
         return [link.snapshot() for link in self._links.values() if link.is_routable]
 
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Run a request on a replica of the policy's choice and yield its chunks; closing the iterator aborts it.
 
         Raises:
@@ -274,7 +274,8 @@ class Fleet:
 
     async def _read_steps_once(self, link: _Link) -> None:
         try:
-            steps = self._handle.options(stream=True).steps.remote(self._client_id, replica_id=link.replica_id)
+            handle: Any = self._handle.options(stream=True)
+            steps = handle.steps.remote(self._client_id, replica_id=link.replica_id)
             async for message in steps:
                 self._deliver(link, message)
             error = "its step stream ended"

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from cluster.config import DeploymentConfig
 from cluster.environment import apply_process_environment, ray_address, ray_temp_dir
@@ -37,7 +38,7 @@ def running_deployment(config: DeploymentConfig, on_phase: PhaseListener) -> Ite
     from cluster.serving.application import build
 
     address = ray_address()
-    local = {} if address else {"include_dashboard": False, "_temp_dir": ray_temp_dir()}
+    local: dict[str, Any] = {} if address else {"include_dashboard": False, "_temp_dir": ray_temp_dir()}
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
     try:
         on_phase("starting Serve")
@@ -47,7 +48,7 @@ def running_deployment(config: DeploymentConfig, on_phase: PhaseListener) -> Ite
         yield f"http://{config.http.host}:{config.http.port}"
     finally:
         on_phase("stopping")
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own gap
         ray.shutdown()
 
 
@@ -60,5 +61,5 @@ def wait_for_signal() -> None:
         time.sleep(0)
 
 
-def _quiet() -> dict[str, object]:
+def _quiet() -> dict[str, Any]:
     return {"log_level": "WARNING", "enable_access_log": False}

@@ -8,8 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 
-from workers.tokenizer.tokenizer import Tokenizer
-
 from cluster.config import ModelDeployment
 from cluster.messages import GenerateRequest
 from cluster.serving.fleet import Fleet
@@ -17,6 +15,7 @@ from workers.checkpoint.resolve import resolve_model
 from workers.errors import UnknownModelError
 from workers.model.config import ModelConfig
 from workers.outputs import TokenChunk
+from workers.tokenizer.tokenizer import Tokenizer
 
 
 class ServedModel:

@@ -95,7 +95,7 @@ class Engine:
             num_prompt_tokens=len(prompt_token_ids),
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            eos_token_ids=frozenset() if params.ignore_eos else self.model_config.eos_token_ids,
+            eos_token_ids=frozenset() if params.ignore_eos else frozenset(self.model_config.eos_token_ids),
             arrival_time_s=time.monotonic(),
             seed=next(self._seeds) if params.seed is None else params.seed,
         )
@@ -141,7 +141,7 @@ class Engine:
         return chunks
 
     def use_idle_time(self) -> bool:
-        """Do one short piece of work that can wait for an idle moment (a graph capture); returns whether more may be left."""
+        """Do one short piece of work that can wait (a graph capture); returns whether more may be left."""
         return self.runner.capture_next_graph()
 
     def stats(self) -> EngineStats:

@@ -75,7 +75,7 @@ class OutputProcessor:
         chunk = TokenChunk(request.request_id, token_ids)
         stop_string = None
         if live.detokenizer is not None:
-            delta = live.detokenizer.push(token_ids)
+            delta = live.detokenizer.push(token_ids, stop_terminated=request.finish_reason is FinishReason.STOP)
             chunk.text, stop_string = delta.text, delta.stop_string
         if logprobs is not None:
             chunk.logprobs = [self._decode(position) for position in logprobs]
@@ -99,8 +99,5 @@ class OutputProcessor:
     def _decode(self, position: PositionLogprobs) -> PositionLogprobs:
         if self._tokenizer is None:
             return position
-        decode = self._tokenizer.decode
-        return {
-            token_id: Logprob(entry.logprob, entry.rank, decode([token_id], skip_special_tokens=False))
-            for token_id, entry in position.items()
-        }
+        text = self._tokenizer.convert_id
+        return {token_id: Logprob(entry.logprob, entry.rank, text(token_id)) for token_id, entry in position.items()}

@@ -9,13 +9,14 @@ Shape suffixes: T = tokens of the (padded) batch, E = model width, V = vocabular
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from workers.attention.base import AttentionBackend
 from workers.config import EngineConfig
 from workers.graphs import (
+    AttentionCGSupport,
     BatchDescriptor,
     BatchHistogram,
     CapturePlan,
@@ -67,7 +68,8 @@ class GraphedModel:
         self._attn_backend = backend
         self._kv_caches = kv_caches
         self._batch = batch
-        self._resolution = _resolve(config, backend)
+        self._graph_backend = make_graph_backend(backend.device)
+        self._resolution = _resolve(config, backend, self._graph_backend.freezes_context)
         compilation = config.compilation_config
         self._counters = GraphCounters()
         self._histogram = BatchHistogram()
@@ -93,13 +95,9 @@ class GraphedModel:
             histogram=self._histogram,
         )
         self._budget = GraphMemoryBudget(compilation.cudagraph_memory_limit_bytes)
-        self._graph_backend = make_graph_backend(backend.device)
         self._capturer = GraphCapturer(self._graph_backend, self._dispatcher, self._plan, self._budget, self._run_dummy)
-        options = {"debug_graph_inputs": compilation.debug_graph_inputs, "counters": self._counters}
-        self._decode = CUDAGraphWrapper(
-            self._decode_logits, CUDAGraphMode.FULL, self._graph_backend, name="decode", **options
-        )
-        self._forward = CUDAGraphWrapper(model, CUDAGraphMode.FULL, self._graph_backend, name="model", **options)
+        self._decode = self._wrap(self._decode_logits, "decode", compilation.debug_graph_inputs)
+        self._forward = self._wrap(model, "model", compilation.debug_graph_inputs)
 
     def dispatch(self, output: SchedulerOutput) -> tuple[CUDAGraphMode, BatchDescriptor]:
         """The runtime mode and the padded size of a step."""
@@ -144,6 +142,16 @@ class GraphedModel:
             bytes_held=self._graph_backend.bytes_held(),
         )
 
+    def _wrap(self, function: Callable[..., torch.Tensor], name: str, debug_graph_inputs: bool) -> CUDAGraphWrapper:
+        return CUDAGraphWrapper(
+            function,
+            CUDAGraphMode.FULL,
+            self._graph_backend,
+            name=name,
+            debug_graph_inputs=debug_graph_inputs,
+            counters=self._counters,
+        )
+
     def _decode_logits(self, input_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         return self._model.compute_logits(self._model(input_ids_T, positions_T))
 
@@ -153,8 +161,9 @@ class GraphedModel:
         self.run(self._batch.prepare_dummy(descriptor.num_tokens, num_reqs, query_len), mode, descriptor)
 
 
-def _resolve(config: EngineConfig, backend: AttentionBackend) -> ModeResolution:
+def _resolve(config: EngineConfig, backend: AttentionBackend, freezes_context: bool) -> ModeResolution:
     """The mode that runs. Only a mode that the user asked for is worth a warning when it cannot be had."""
+    support = backend.cudagraph_support if freezes_context else AttentionCGSupport.ALWAYS
     requested = config.compilation_config.cudagraph_mode
     if config.enforce_eager:
         return ModeResolution(requested or _NO_GRAPH, _NO_GRAPH, "enforce_eager turns graphs off")
@@ -162,9 +171,7 @@ def _resolve(config: EngineConfig, backend: AttentionBackend) -> ModeResolution:
     if requested is None:
         on_cuda = backend.device.type == "cuda"
         requested = CUDAGraphMode.FULL_AND_PIECEWISE if on_cuda else _NO_GRAPH
-    resolution = resolve_mode_with_reason(
-        requested, CompilationMode.NONE, backend.cudagraph_support, attention_is_split=False
-    )
+    resolution = resolve_mode_with_reason(requested, CompilationMode.NONE, support, attention_is_split=False)
     if resolution.reason is not None:
         logger.log(logging.INFO if is_default else logging.WARNING, "%s", resolution.reason)
     return resolution

@@ -189,7 +189,7 @@ class ModelRunner:
             return token_ids_R, None
         host_R = torch.empty(token_ids_R.shape, dtype=token_ids_R.dtype, pin_memory=True)
         host_R.copy_(token_ids_R, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # PyTorch's own gap
         done.record()
         return host_R, done
 

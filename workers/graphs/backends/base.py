@@ -60,6 +60,10 @@ class GraphBackend(abc.ABC):
     #: time, ``debug_graph_inputs`` does.
     checks_shapes: ClassVar[bool]
 
+    #: Whether a replay uses the forward context (attention metadata) of its capture. Where it does not, attention
+    #: backends may be captured whatever they declare.
+    freezes_context: ClassVar[bool]
+
     def __init__(self) -> None:
         self._is_capturing_allowed = False
         self._holders: weakref.WeakSet[HoldsGraphs] = weakref.WeakSet()

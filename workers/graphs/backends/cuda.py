@@ -37,6 +37,7 @@ class CudaGraphBackend(GraphBackend):
 
     name: ClassVar[str] = "cuda"
     checks_shapes: ClassVar[bool] = False
+    freezes_context: ClassVar[bool] = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -111,6 +112,7 @@ class CudaGraphBackend(GraphBackend):
         _broken.append(graph)
         with contextlib.suppress(RuntimeError):  # raised if the failure came after the allocator was told
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
 
 

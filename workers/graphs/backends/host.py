@@ -24,6 +24,7 @@ class HostGraphBackend(GraphBackend):
 
     name: ClassVar[str] = "host"
     checks_shapes: ClassVar[bool] = True
+    freezes_context: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
