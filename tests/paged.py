@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pytest
 import torch
 
 from workers.attention.base import PADDING_SLOT, AttentionBackend, BatchGeometry
@@ -17,6 +18,14 @@ from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.decoder import DecoderForCausalLM
 
 CPU = torch.device("cpu")
+
+#: Parameters of a test that runs on a CPU and, where there is one, on a GPU.
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    ),
+]
 
 
 def make_geometry(

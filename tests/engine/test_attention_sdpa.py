@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.paged import CPU, dense_attention, make_geometry, shuffled_block_tables
+from tests.paged import CPU, DEVICES, dense_attention, make_geometry, shuffled_block_tables
 from workers.attention.base import AttentionSpec
 from workers.attention.sdpa import SdpaPagedAttention
 
@@ -31,7 +31,12 @@ def make_spec(
 
 
 def check_batch(
-    spec: AttentionSpec, requests: list[tuple[int, int]], seed: int, padding: tuple[int, int], tolerance: float
+    spec: AttentionSpec,
+    requests: list[tuple[int, int]],
+    seed: int,
+    padding: tuple[int, int],
+    tolerance: float,
+    device: torch.device = CPU,
 ) -> None:
     """Run one batch of (query length, context length) and compare output and cache."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -44,14 +49,15 @@ def check_batch(
         spec.block_size,
         num_padding_tokens=padding[0],
         num_padding_reqs=padding[1],
+        device=device,
     )
 
     def randn(rows: int, heads: int) -> torch.Tensor:
-        return torch.randn(rows, heads, spec.head_dim, generator=generator).to(spec.dtype)
+        return torch.randn(rows, heads, spec.head_dim, generator=generator).to(device, spec.dtype)
 
-    backend = SdpaPagedAttention(spec, CPU)
+    backend = SdpaPagedAttention(spec, device)
     contexts = [(randn(n, spec.num_kv_heads), randn(n, spec.num_kv_heads)) for n in seq_lens]
-    cache = torch.full(backend.kv_cache_shape(NUM_BLOCKS), float("nan"), dtype=spec.dtype)
+    cache = torch.full(backend.kv_cache_shape(NUM_BLOCKS), float("nan"), dtype=spec.dtype, device=device)
     for (query_len, seq_len), table, (k_LKD, v_LKD) in zip(requests, tables, contexts, strict=True):
         for position in range(seq_len - query_len):
             cell = cache[:, table[position // spec.block_size], position % spec.block_size]
@@ -85,7 +91,7 @@ def check_cache(cache: torch.Tensor, before: torch.Tensor, slot_mapping_T: torch
     written = slot_mapping_T[slot_mapping_T >= 0]
     for row, slot in enumerate(written.tolist()):
         assert torch.equal(after[:, slot], kv_T2KD[row])
-    untouched = torch.ones(after.shape[1], dtype=torch.bool)
+    untouched = torch.ones(after.shape[1], dtype=torch.bool, device=cache.device)
     untouched[written] = False
     torch.testing.assert_close(after[:, untouched], earlier[:, untouched], rtol=0, atol=0, equal_nan=True)
 
@@ -128,15 +134,17 @@ def test_random_batches(
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17])
 @pytest.mark.parametrize("window", [None, 8])
-def test_lengths_around_block_boundaries(length: int, window: int | None) -> None:
-    spec = make_spec((4, 2), 8, window)
-    check_batch(spec, [(1, length), (1, 24), (length, length), (min(3, length), length)], length, (2, 1), 2e-5)
+@pytest.mark.parametrize("device", DEVICES)
+def test_lengths_around_block_boundaries(length: int, window: int | None, device: str) -> None:
+    batch = [(1, length), (1, 24), (length, length), (min(3, length), length)]
+    check_batch(make_spec((4, 2), 8, window), batch, length, (2, 1), 2e-5, torch.device(device))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_low_precision(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_low_precision(dtype: torch.dtype, tolerance: float, device: str) -> None:
     spec = make_spec((4, 2), 8, None, dtype)
-    check_batch(spec, [(1, 33), (1, 40), (6, 6), (5, 30)], 0, (1, 1), tolerance)
+    check_batch(spec, [(1, 33), (1, 40), (6, 6), (5, 30)], 0, (1, 1), tolerance, torch.device(device))
 
 
 def test_padding_slots_within_the_batch_write_nothing() -> None:

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from tests.paged import CPU, PagedSession
+from tests.paged import CPU, DEVICES, PagedSession
 from tests.tiny_models import NAMES, VOCAB_SIZE, reference_model, tiny_checkpoint
 from workers.attention.sdpa import SdpaPagedAttention
 from workers.graphs.context import ForwardContext, set_forward_context
@@ -19,13 +19,13 @@ from workers.model.loader import load_model
 BLOCK_SIZE = 8
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> DecoderForCausalLM:
+def load(name: str, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> DecoderForCausalLM:
     folder = tiny_checkpoint(name)
-    return load_model(folder, ModelConfig.from_folder(folder), dtype, CPU)
+    return load_model(folder, ModelConfig.from_folder(folder), dtype, device)
 
 
-def new_session(model: DecoderForCausalLM) -> PagedSession:
-    return PagedSession(model, SdpaPagedAttention(model.attention_spec(BLOCK_SIZE), CPU))
+def new_session(model: DecoderForCausalLM, device: torch.device = CPU) -> PagedSession:
+    return PagedSession(model, SdpaPagedAttention(model.attention_spec(BLOCK_SIZE), device), device=device)
 
 
 def random_tokens(length: int, seed: int) -> list[int]:
@@ -59,11 +59,13 @@ def test_chunks_and_token_by_token(name: str) -> None:
     assert_same(torch.cat(pieces), reference_logits(name, tokens))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
-def test_ragged_mixed_batches_with_padding(name: str) -> None:
+def test_ragged_mixed_batches_with_padding(name: str, device: str) -> None:
     """Requests join at different times, so that decodes, first chunks and later chunks share every step."""
     prompts = {key: random_tokens(length, seed=length) for key, length in zip("abcd", (30, 45, 17, 33), strict=True)}
-    session = new_session(load(name))
+    on = torch.device(device)
+    session = new_session(load(name, device=on), on)
     parts: dict[str, list[torch.Tensor]] = {key: [] for key in prompts}
     done = dict.fromkeys(prompts, 0)
     rng = random.Random(3)
