@@ -12,10 +12,12 @@ from workers.graphs import (
     CUDAGraphMode,
     GraphCounters,
     GraphDispatcher,
+    GraphKey,
     GraphMemoryBudget,
     make_report,
     resolve_mode_with_reason,
 )
+from workers.graphs.counters import KeyCounters
 from workers.graphs.report import summary_line
 
 M = CUDAGraphMode
@@ -25,9 +27,9 @@ def test_counters_per_key_and_mode() -> None:
     counters = GraphCounters()
     piece = BatchDescriptor(8)
     for _ in range(3):
-        counters.record_capture(M.PIECEWISE, piece, 0.5, 100)
+        held = counters.record_capture(M.PIECEWISE, piece, 0.5, 100)
     counters.record_capture(M.FULL, BatchDescriptor(8, 8, True), 1.0, 7)
-    counters.record_replay(M.PIECEWISE, piece)
+    held.num_replays += 1
     counters.record_discard(M.PIECEWISE, piece, 100)
     entry = counters.by_key()[M.PIECEWISE, piece]
     assert (entry.num_graphs, entry.num_captures, entry.num_bytes, entry.num_replays) == (2, 3, 200, 1)
@@ -45,6 +47,7 @@ def test_report_is_plain_and_complete() -> None:
     dispatcher = GraphDispatcher(resolution.mode, [1, 2, 4], 2, counters=counters)
     plan = CapturePlan(dispatcher.capture_order(), 2)
     budget = GraphMemoryBudget(1000)
+    held: dict[GraphKey, KeyCounters] = {}
     for index in range(3):
         key = plan.next_capture(idle=False)
         assert key is not None
@@ -52,10 +55,10 @@ def test_report_is_plain_and_complete() -> None:
             plan.drop(key, "it failed")
             dispatcher.mark_dropped(*key)
             continue
-        counters.record_capture(*key, seconds=0.25, num_bytes=10)
+        held[key] = counters.record_capture(*key, seconds=0.25, num_bytes=10)
         plan.mark_captured(key)
         dispatcher.mark_captured(*key)
-    counters.record_replay(M.FULL, BatchDescriptor(2, 2, True))
+    held[M.FULL, BatchDescriptor(2, 2, True)].num_replays += 1
     dispatcher.dispatch(1, 1, 1)
     dispatcher.dispatch(2, 9, None)
     report = make_report(resolution, dispatcher, counters, plan, budget, backend_name="host", bytes_held=20)

@@ -49,17 +49,16 @@ class GraphCounters:
         self.num_padded_tokens = 0
         self.fallbacks: collections.Counter[str] = collections.Counter()
 
-    def record_capture(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, seconds: float, num_bytes: int) -> None:
-        """One graph was captured."""
+    def record_capture(
+        self, mode: CUDAGraphMode, descriptor: BatchDescriptor, seconds: float, num_bytes: int
+    ) -> KeyCounters:
+        """One graph was captured; returns the key's own counters, for its wrapper to count replays in."""
         entry = self._entry(mode, descriptor)
         entry.num_graphs += 1
         entry.num_captures += 1
         entry.capture_seconds += seconds
         entry.num_bytes += num_bytes
-
-    def record_replay(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        """One graph was launched."""
-        self._entry(mode, descriptor).num_replays += 1
+        return entry
 
     def record_discard(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, num_bytes: int) -> None:
         """One captured graph was given up, together with ``num_bytes`` that its capture had added."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 from workers.modes import CUDAGraphMode
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class BatchDescriptor:
+class BatchDescriptor(NamedTuple):
     """The shape of a (padded) batch, as far as a captured graph depends on it.
+
+    A named tuple, since every wrapper looks its graph up by it at every call.
 
     Attributes:
         num_tokens: Tokens, padding included.

@@ -7,9 +7,9 @@ tensors: capturing and replaying is the wrapper's part, the order in time is the
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import enum
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from workers.errors import ConfigError
 from workers.graphs.counters import GraphCounters
@@ -30,8 +30,7 @@ class FallbackReason(enum.StrEnum):
     DROPPED = "the graphs that fit were dropped"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class DispatchDecision:
+class DispatchDecision(NamedTuple):
     """How one batch runs.
 
     Attributes:

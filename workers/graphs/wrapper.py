@@ -13,7 +13,7 @@ from typing import Any
 
 from workers.graphs.backends.base import CapturedGraph, GraphBackend
 from workers.graphs.context import get_forward_context, is_forward_context_available
-from workers.graphs.counters import GraphCounters
+from workers.graphs.counters import GraphCounters, KeyCounters
 from workers.graphs.descriptor import BatchDescriptor, describe_key
 from workers.graphs.inputs import InputLeaf, describe_inputs, find_mismatch, positional_names
 from workers.modes import CUDAGraphMode
@@ -22,6 +22,7 @@ from workers.modes import CUDAGraphMode
 @dataclasses.dataclass(slots=True)
 class _Entry:
     graph: CapturedGraph
+    counters: KeyCounters
     inputs: dict[str, InputLeaf] | None
 
 
@@ -87,7 +88,7 @@ class CUDAGraphWrapper:
         if entry.inputs is not None:
             self._check_inputs(entry.inputs, descriptor, args, kwargs)
         entry.graph.replay()
-        self._counters.record_replay(self.runtime_mode, descriptor)
+        entry.counters.num_replays += 1
         return entry.graph.outputs
 
     def unwrap(self) -> Callable[..., Any]:
@@ -119,8 +120,8 @@ class CUDAGraphWrapper:
         started = time.perf_counter()
         graph, outputs = self._backend.capture(self._runnable, args, kwargs)
         seconds = time.perf_counter() - started
-        self._entries[descriptor] = _Entry(graph, inputs)
-        self._counters.record_capture(self.runtime_mode, descriptor, seconds, graph.num_bytes)
+        counters = self._counters.record_capture(self.runtime_mode, descriptor, seconds, graph.num_bytes)
+        self._entries[descriptor] = _Entry(graph, counters, inputs)
         return outputs
 
     def _check_inputs(
