@@ -20,9 +20,7 @@ ROOT_HASH = bytes(32)
 _BYTES_PER_TOKEN = 4
 
 
-def extend_block_hashes(
-    hashes: list[bytes], token_ids: Sequence[int], block_size: int, num_blocks: int
-) -> None:
+def extend_block_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int, num_blocks: int) -> None:
     """Append to ``hashes`` until it names the first ``num_blocks`` full blocks of ``token_ids``.
 
     Token ids are packed as little-endian uint32, so that names are the same on every machine. The message

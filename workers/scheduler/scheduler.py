@@ -4,13 +4,13 @@ Knows requests, blocks and the token budget. Knows nothing about tensors or text
 
 Policy. Every step has a budget of ``max_num_batched_tokens``. Running decodes come first, one token each;
 then prefills in flight, as many tokens as the budget leaves; then waiting requests, first come first served.
-There are never more running requests than the budget has tokens, so every decode is in every step. A request
-gets the blocks of all its known tokens when it is admitted, so only decodes ask for more; when none is left,
-the latest arrival among the running is preempted: it loses its blocks, keeps its tokens, goes to the head of
-the queue and is recomputed later, from the prefix cache where that still has its blocks. ``running`` followed
-by ``waiting`` is always in order of arrival. The earliest request could be preempted only by itself, which
-``add`` rules out by refusing what exceeds the pool; so it advances, and the rest follows: no deadlock, no
-livelock.
+Nobody is admitted before all who run have got a token, so decodes never exceed the budget, and every decode
+is in every step. A request gets the blocks of all its known tokens when it is admitted, so only decodes ask
+for more; when none is left, the latest arrival among the running is preempted: it loses its blocks, keeps its
+tokens, goes to the head of the queue and is recomputed later, from the prefix cache where that still has its
+blocks. ``running`` followed by ``waiting`` is always in order of arrival. The earliest request could be
+preempted only by itself, which ``add`` rules out by refusing what exceeds the pool; so it advances, and the
+rest follows: no deadlock, no livelock.
 
 Overlapped steps. ``schedule`` may be called again before ``update`` has brought the results of earlier steps.
 Progress is written at schedule time (``num_computed_tokens``), samples still in flight are counted
@@ -85,8 +85,6 @@ class Scheduler:
         self._dropped: list[str] = []
         self._next_step = 0
         self._num_preemptions = 0
-        # Every running request needs a token of the budget in every step.
-        self._max_running = min(config.max_num_seqs, config.max_num_batched_tokens)
 
     # Requests come and go.
 
@@ -136,13 +134,11 @@ class Scheduler:
             None if nothing can be computed now: there are no requests, or all wait for results of steps in
             flight. The runner takes what it needs from the requests before any other call to the scheduler.
         """
-        num_preemptions = self._num_preemptions
         scheduled, prefills = self._schedule_decodes()
         budget = self.config.max_num_batched_tokens - len(scheduled)
         for request in prefills:
             budget = self._schedule_chunk(request, budget, scheduled)
-        if self._num_preemptions == num_preemptions:
-            budget = self._admit_waiting(budget, scheduled)
+        budget = self._admit_waiting(budget, scheduled)
         if not scheduled:
             assert self._in_flight or not self._requests, "deadlock: live requests, but no step to wait for"
             return None
@@ -331,7 +327,7 @@ class Scheduler:
 
     def _admit_waiting(self, budget: int, scheduled: list[ScheduledRequest]) -> int:
         """Start waiting requests, first come first served; returns what is left of the budget."""
-        while self._waiting and budget > 0 and len(self._running) < self._max_running:
+        while self._waiting and budget > 0 and len(self._running) < self.config.max_num_seqs:
             request = next(iter(self._waiting.values()))
             if not self._try_admit(request):
                 break
