@@ -11,7 +11,7 @@ import transformers
 #: Text of several kinds and lengths, so that batches are ragged and prefixes shared by two of them.
 PROMPTS = (
     "The capital of France is",
-    "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
     "Once upon a time, in a village by the sea,",
     "Once upon a time, in a village by the sea, there lived an old clockmaker who",
     "1, 1, 2, 3, 5, 8, 13, 21,",

@@ -14,7 +14,13 @@ from workers import LLM, SamplingParams
 
 
 def make_llm(folder: Path, **options: Any) -> LLM:
-    defaults = {"dtype": "float32", "device": "cpu", "max_model_len": 256, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    defaults = {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "skip_tokenizer_init": True,
+    }
     return LLM(str(folder), **(defaults | options))
 
 

@@ -57,7 +57,9 @@ def test_graphs_give_the_tokens_of_eager(mode: str, sizes: list[int], eager_toke
 
 
 def test_the_engine_serves_before_all_is_captured(eager_tokens: list[list[int]]) -> None:
-    llm = make_llm(cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 3, 4, 8], cudagraph_first_sizes=[8])
+    llm = make_llm(
+        cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 3, 4, 8], cudagraph_first_sizes=[8]
+    )
     assert [row.num_tokens for row in llm.engine.runner.graph_report().graphs if row.state == "captured"] == [8]
     assert tokens(llm) == eager_tokens
     while llm.engine.runner.capture_next_graph():

@@ -1,0 +1,154 @@
+"""One real Ray cluster per test session, started as a user starts it: ``warmgraph serve`` in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from tests.model_fixtures import write_tiny_gguf
+from workers.checkpoint.convert import convert_gguf
+
+MODEL = "tiny"
+START_TIMEOUT_S = 180
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Deployment:
+    """A running deployment of two replicas of a tiny model.
+
+    Attributes:
+        url: Base URL of the API.
+        folder: The model's checkpoint.
+        process: ``warmgraph serve``.
+        greeting: What it printed when it was ready.
+    """
+
+    url: str
+    folder: Path
+    process: subprocess.Popen[str]
+    greeting: str
+
+    def client(self) -> openai.AsyncOpenAI:
+        """The official client, without its own retries."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
+
+    def engine_pids(self) -> list[int]:
+        """Processes of the engine replicas."""
+        return [
+            process.pid
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if "ServeReplica" in (name := " ".join(_cmdline(process))) and "engine-" in name
+        ]
+
+    def metric(self, name: str) -> dict[str, float]:
+        """One metric's values by its ``replica`` label."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        values = {}
+        for line in text.splitlines():
+            if line.startswith(name + "{"):
+                labels, value = line.rsplit(" ", 1)
+                values[labels.split('replica="')[1].split('"')[0]] = float(value)
+        return values
+
+    def wait_for(self, condition: str, timeout_s: float = 60) -> None:
+        """Wait until ``/health`` says ``condition`` and both replicas answer a scrape."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            answer = httpx.get(f"{self.url}/health", timeout=60).json()
+            if answer["status"] == condition and len(self.metric("warmgraph_engine_steps_total")) == 2:
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"health never became {condition!r}: {answer}")
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama with a byte-level tokenizer, imported from a GGUF file."""
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "model").mkdir()
+    convert_gguf(write_tiny_gguf(root / "tiny.gguf"), root / "model")
+    return root / "model"
+
+
+@pytest.fixture(scope="session")
+def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """``warmgraph serve`` on two replicas; stopped with SIGINT, as Ctrl-C does, at the end of the session."""
+    port = free_port()
+    config = {
+        "models": [
+            {
+                "name": MODEL,
+                "engine": {
+                    "model": str(tiny_model),
+                    "dtype": "float32",
+                    "device": "cpu",
+                    "max_num_seqs": 16,
+                    "max_num_batched_tokens": 64,
+                    "num_threads": 1,
+                },
+                "replicas": {"num_replicas": 2, "num_cpus": 0.1, "max_queued_requests": 24, "health_check_period_s": 1},
+            }
+        ],
+        "http": {"port": port, "max_body_bytes": 65536},
+    }
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    # Ray's socket paths must be short, so its folder cannot lie in pytest's.
+    with tempfile.TemporaryDirectory(prefix="wg-", ignore_cleanup_errors=True) as ray_dir:
+        environment = {**os.environ, "WARMGRAPH_RAY_TEMP_DIR": ray_dir}
+        environment.pop("RAY_ADDRESS", None)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.cli.main", "serve", str(path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        try:
+            greeting = _read_until_ready(process)
+            yield Deployment(f"http://127.0.0.1:{port}", tiny_model, process, greeting)
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
+                assert process.stderr is not None
+                process.stderr.close()
+
+
+def _read_until_ready(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    lines: list[str] = []
+    for line in process.stderr:
+        lines.append(line)
+        if "Ctrl-C" in line:
+            return "".join(lines)
+    raise AssertionError(f"warmgraph serve ended with {process.wait()}:\n{''.join(lines)}")
