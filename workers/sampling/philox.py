@@ -12,6 +12,8 @@ Shape suffixes: R rows, W words (4 of a counter, 2 of a key), 2 a pair of words.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -84,9 +86,18 @@ def philox_uniform(seed_R: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
     Returns:
         float64 [R], multiples of 2**-53.
     """
+    if index_R.is_cuda and not torch.compiler.is_compiling() and _has_triton():
+        from workers.sampling.philox_triton import uniform
+
+        return uniform(seed_R.contiguous(), index_R.contiguous())
     zero_R = torch.zeros_like(index_R)
     counter_RW = torch.stack((index_R & _WORD, (index_R >> 32) & _WORD, zero_R, zero_R), dim=-1)
     key_R2 = torch.stack((seed_R & _WORD, (seed_R >> 32) & _WORD), dim=-1)
     bits_RW = philox_4x32(counter_RW, key_R2)
     mantissa_R = (bits_RW[:, 0] << 21) | (bits_RW[:, 1] >> 11)
     return mantissa_R.to(torch.float64) * 2.0**-53
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -161,6 +161,8 @@ class SamplingState:
         self._counts_SV: torch.Tensor | None = None
         self._taken: set[int] = set()
         self._special: dict[int, _HostFlags] = {}
+        #: The last slots that were planned for, and their plan; None once a slot has changed hands.
+        self._last_plan: tuple[list[int], SamplingPlan] | None = None
         self._uploads: dict[int, _Upload] = {}
         self._table_changed = True
         self.flush()
@@ -196,6 +198,7 @@ class SamplingState:
         min_tokens = params.min_tokens if stop_ids else 0
         self._write_row(slot, params, min_tokens, seed)
         self._taken.add(slot)
+        self._last_plan = None
         flags = self._host_flags(params, min_tokens)
         if flags.plan != GREEDY_PLAN:
             self._special[slot] = flags
@@ -213,27 +216,16 @@ class SamplingState:
     def remove(self, slot: int) -> None:
         """Free ``slot``. Its row on the device stays as it is until the next ``add``: nobody reads it."""
         self._taken.remove(slot)
+        self._last_plan = None
         self._special.pop(slot, None)
         self._uploads.pop(slot, None)
 
-    def plan(self, slots: Iterable[int]) -> SamplingPlan:
+    def plan(self, slots: Sequence[int]) -> SamplingPlan:
         """The plan of a step whose rows have these slots (padding rows add nothing)."""
-        wanted = [self._special[slot] for slot in slots if slot in self._special]
-        if not wanted:
-            return GREEDY_PLAN
-        plans = [flags.plan for flags in wanted]
-        num_candidates = max(flags.num_candidates for flags in wanted)
-        return SamplingPlan(
-            all_greedy=all(plan.all_greedy for plan in plans),
-            any_top_k=any(plan.any_top_k for plan in plans),
-            any_top_p=any(plan.any_top_p for plan in plans),
-            any_min_p=any(plan.any_min_p for plan in plans),
-            num_candidates=min(bucket(num_candidates, (0, *CANDIDATE_BUCKETS), self.vocab_size), self.vocab_size),
-            any_min_tokens=any(plan.any_min_tokens for plan in plans),
-            any_logit_bias=any(plan.any_logit_bias for plan in plans),
-            any_penalties=any(plan.any_penalties for plan in plans),
-            num_logprobs=bucket(max(plan.num_logprobs for plan in plans), (-1, *LOGPROB_BUCKETS), -1),
-        )
+        slots = list(slots)
+        if self._last_plan is None or self._last_plan[0] != slots:
+            self._last_plan = slots, self._union(slots)
+        return self._last_plan[1]
 
     def reserve_counts(self) -> None:
         """Allocate the token counts now (int32 [S, V]), as before capturing a graph with penalties."""
@@ -298,6 +290,24 @@ class SamplingState:
         row[_Field.NUM_LOGIT_BIAS] = len(params.logit_bias or ())
         low, high = np.array([seed], dtype=np.int64).view(np.int32)
         row[_Field.SEED_LOW], row[_Field.SEED_HIGH] = low, high
+
+    def _union(self, slots: list[int]) -> SamplingPlan:
+        wanted = [self._special[slot] for slot in slots if slot in self._special]
+        if not wanted:
+            return GREEDY_PLAN
+        plans = [flags.plan for flags in wanted]
+        num_candidates = max(flags.num_candidates for flags in wanted)
+        return SamplingPlan(
+            all_greedy=all(plan.all_greedy for plan in plans),
+            any_top_k=any(plan.any_top_k for plan in plans),
+            any_top_p=any(plan.any_top_p for plan in plans),
+            any_min_p=any(plan.any_min_p for plan in plans),
+            num_candidates=min(bucket(num_candidates, (0, *CANDIDATE_BUCKETS), self.vocab_size), self.vocab_size),
+            any_min_tokens=any(plan.any_min_tokens for plan in plans),
+            any_logit_bias=any(plan.any_logit_bias for plan in plans),
+            any_penalties=any(plan.any_penalties for plan in plans),
+            num_logprobs=bucket(max(plan.num_logprobs for plan in plans), (-1, *LOGPROB_BUCKETS), -1),
+        )
 
     def _effective_top_k(self, params: SamplingParams) -> int:
         """The request's top-k, or 0 where it keeps everything."""
