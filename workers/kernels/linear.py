@@ -1,4 +1,4 @@
-"""The linear layer: a weight, an optional bias, and whichever kernel is fastest for them on this device.
+"""The linear layer: a weight, an optional bias, and the fastest kernel for them on their device.
 
 Knows one matrix; knows nothing of the model around it.
 
@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from workers.kernels import cpu_ops
+
 
 class Linear(nn.Module):
     """``y = x W^T + b``, bias optional.
 
-    ``weight`` is ``[N, K]`` until :meth:`finalize`, which is called once after loading and may replace it by a
-    prepacked form; no second copy is kept.
+    Attributes:
+        weight: ``[N, K]`` until :meth:`finalize`; None if that packed it.
+        packed_weight: The packed form, or None. There is never a second copy.
     """
 
     def __init__(
@@ -31,20 +34,41 @@ class Linear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.weight: nn.Parameter = nn.Parameter(
+        self.weight: nn.Parameter | None = nn.Parameter(
             torch.empty(out_features, in_features, dtype=dtype, device=device), requires_grad=False
         )
         self.bias: nn.Parameter | None
         if bias:
-            self.bias = nn.Parameter(
-                torch.empty(out_features, dtype=dtype, device=device), requires_grad=False
-            )
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
         else:
             self.register_parameter("bias", None)
+        self.packed_weight: torch.Tensor | None
+        self.register_buffer("packed_weight", None, persistent=False)
 
     def finalize(self) -> None:
-        """Prepare the weight for inference; call once, after loading."""
+        """Prepare the weight for inference; call once, after loading.
+
+        On a CPU the weight is packed, in place where its shape allows: whoever shares it must from then on read
+        its rows through :meth:`rows`.
+        """
+        weight = self.weight
+        if weight is None or not weight.is_cpu or not cpu_ops.supports(weight.dtype) or not cpu_ops.is_available():
+            return
+        self.packed_weight = cpu_ops.pack_weight(weight.data)
+        self.weight = None
+
+    def rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight, as an embedding looks them up: int64 ``[T]`` to ``[T, K]``."""
+        if self.packed_weight is None:
+            assert self.weight is not None
+            return F.embedding(ids_T, self.weight)
+        rows_TK: torch.Tensor = torch.ops.warmgraph.packed_rows(ids_T, self.packed_weight, self.in_features)
+        return rows_TK
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` in the same dtype."""
-        return F.linear(x_TK, self.weight, self.bias)
+        if self.packed_weight is None:
+            assert self.weight is not None
+            return F.linear(x_TK, self.weight, self.bias)
+        y_TN: torch.Tensor = torch.ops.warmgraph.packed_linear(x_TK, self.packed_weight, self.bias, self.out_features)
+        return y_TN

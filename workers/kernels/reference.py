@@ -1,9 +1,10 @@
-"""The model's small operations: normalisation, rotary embedding, gated activation.
+"""The model's small operations in plain torch: the formulas, and what runs where there is no faster kernel.
 
-Knows formulas and dtypes; knows nothing of layers, batches or caches. Every function computes in fp32 and rounds
-once at the end, so that a bf16 result is at least as accurate as the usual chain of bf16 operations.
+Every function computes in fp32 and rounds once at the end, so that a bf16 result is at least as accurate as the
+usual chain of bf16 operations. Knows nothing of layers, batches or caches.
 
-Shape suffixes: T = tokens, N = features, H = query heads, K = KV heads, D = head size, P = positions.
+Shape suffixes: T = tokens, N = features, H = query heads, K = KV heads, D = head size, P = positions,
+F = D / 2 frequencies.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(rms_norm(x + residual), x + residual)``; the sum is rounded to ``x.dtype`` first, as the residual is kept."""
+    """``(rms_norm(x + residual), x + residual)``; the sum is rounded first, as it is kept."""
     new_residual = x + residual
     return rms_norm(new_residual, weight, eps), new_residual
 
@@ -40,7 +41,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def apply_rope(
     q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cos_sin_cache_PD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary position embedding, GPT-NeoX layout: dimension i is rotated with dimension i + D/2 (Su et al., 2021).
+    """Rotary position embedding (Su et al., 2021), GPT-NeoX layout: dimension i turns with dimension i + D/2.
 
     Args:
         q_THD: Queries.
