@@ -1,9 +1,9 @@
 """Penalties, truncation and draw row by row in numpy: the CPU's shortcut, with the same results bit for bit.
 
 On a CPU whole-vocabulary passes are dear and waiting costs nothing, so it pays to look at the values: penalties
-touch only tokens that were seen, and truncation only those that can survive it. (Sorting 8 rows of 49152
-takes one core 30 ms; this, on a real model's rows, about 2.) Sums are of whole numbers and everything else is single IEEE operations in the order of the
-fixed-shape code, so nothing depends on which of the two ran.
+touch only tokens that were seen, and truncation only those that can survive it. (Sorting 8 rows of 49152 takes one
+core 30 ms; this, on a real model's rows, about 2.) Sums are of whole numbers and everything else is single IEEE
+operations in the order of the fixed-shape code, so nothing depends on which of the two ran.
 
 Shape suffixes: R rows, S slots, V vocabulary, C tokens of one row.
 """
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from workers.sampling.state import PROMPT_BIT, SamplingRows
+from workers.sampling.rows import SamplingRows
+from workers.sampling.state import PROMPT_BIT
 
 _Floats = npt.NDArray[np.floating]
 _Ids = npt.NDArray[np.intp]

@@ -21,8 +21,9 @@ from workers.sampling.draw import draw
 from workers.sampling.logprobs import LogprobsTensors, compute_logprobs
 from workers.sampling.philox import philox_uniform
 from workers.sampling.plan import SamplingPlan
+from workers.sampling.rows import SamplingRows
 from workers.sampling.selection import first_argmax
-from workers.sampling.state import SamplingRows, SamplingState
+from workers.sampling.state import SamplingState
 from workers.sampling.transforms import add_logit_bias, apply_penalties, mask_stop_ids
 from workers.sampling.truncation import integer_weights, keep_threshold
 

@@ -12,7 +12,6 @@ K stop ids per slot, B biases per slot.
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -21,100 +20,13 @@ import numpy as np
 import torch
 
 from workers.sampling.plan import CANDIDATE_BUCKETS, GREEDY_PLAN, LOGPROB_BUCKETS, SamplingPlan, bucket
+from workers.sampling.rows import Field, SamplingRows
 from workers.sampling_params import MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
 
 #: Most stop ids that min_tokens masks: a request's own and the model's end-of-sequence ids.
 MAX_STOP_IDS = 2 * MAX_STOPS
 #: Set in a token count when the token is in the prompt; the bits below count its occurrences in the output.
 PROMPT_BIT = 1 << 30
-
-
-class _Field(enum.IntEnum):
-    """Columns of the parameter table: 32-bit words, floats or integers."""
-
-    TEMPERATURE = 0
-    IS_GREEDY = 1
-    TOP_P = 2
-    LOG_MIN_P = 3
-    REPETITION_PENALTY = 4
-    PRESENCE_PENALTY = 5
-    FREQUENCY_PENALTY = 6
-    TOP_K = 7
-    MIN_TOKENS = 8
-    SEED_LOW = 9
-    SEED_HIGH = 10
-    NUM_LOGIT_BIAS = 11
-
-
-class SamplingRows(NamedTuple):
-    """The parameters of a step's rows, gathered from the table; columns are [R, 1] to broadcast over V."""
-
-    words_RF: torch.Tensor
-    floats_RF: torch.Tensor
-
-    def float_column(self, field: int) -> torch.Tensor:
-        """float32 [R, 1]."""
-        return self.floats_RF[:, field : field + 1]
-
-    def int_column(self, field: int) -> torch.Tensor:
-        """int64 [R, 1]."""
-        return self.words_RF[:, field : field + 1].to(torch.int64)
-
-    @property
-    def temperature(self) -> torch.Tensor:
-        """float32 [R, 1]; 1 in greedy rows."""
-        return self.float_column(_Field.TEMPERATURE)
-
-    @property
-    def is_greedy(self) -> torch.Tensor:
-        """bool [R, 1]."""
-        return self.words_RF[:, _Field.IS_GREEDY : _Field.IS_GREEDY + 1] != 0
-
-    @property
-    def top_p(self) -> torch.Tensor:
-        """float32 [R, 1]; 1 keeps everything."""
-        return self.float_column(_Field.TOP_P)
-
-    @property
-    def log_min_p(self) -> torch.Tensor:
-        """float32 [R, 1]: natural logarithm of min-p; -inf keeps everything."""
-        return self.float_column(_Field.LOG_MIN_P)
-
-    @property
-    def repetition_penalty(self) -> torch.Tensor:
-        """float32 [R, 1]; 1 changes nothing."""
-        return self.float_column(_Field.REPETITION_PENALTY)
-
-    @property
-    def presence_penalty(self) -> torch.Tensor:
-        """float32 [R, 1]."""
-        return self.float_column(_Field.PRESENCE_PENALTY)
-
-    @property
-    def frequency_penalty(self) -> torch.Tensor:
-        """float32 [R, 1]."""
-        return self.float_column(_Field.FREQUENCY_PENALTY)
-
-    @property
-    def top_k(self) -> torch.Tensor:
-        """int64 [R, 1] in [1, V]; V keeps everything."""
-        return self.int_column(_Field.TOP_K)
-
-    @property
-    def min_tokens(self) -> torch.Tensor:
-        """int64 [R, 1]."""
-        return self.int_column(_Field.MIN_TOKENS)
-
-    @property
-    def num_logit_bias(self) -> torch.Tensor:
-        """int64 [R, 1]: entries of the request's logit bias."""
-        return self.int_column(_Field.NUM_LOGIT_BIAS)
-
-    @property
-    def seed_R(self) -> torch.Tensor:
-        """int64 [R]."""
-        low_R = self.words_RF[:, _Field.SEED_LOW].to(torch.int64) & 0xFFFFFFFF
-        return low_R | (self.words_RF[:, _Field.SEED_HIGH].to(torch.int64) << 32)
 
 
 class _HostFlags(NamedTuple):
@@ -151,10 +63,10 @@ class SamplingState:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
         num_slots = max_num_seqs + 1
-        self._host_SF = np.zeros((num_slots, len(_Field)), dtype=np.int32)
+        self._host_SF = np.zeros((num_slots, len(Field)), dtype=np.int32)
         for slot in range(num_slots):
             self._write_row(slot, SamplingParams(temperature=0.0), min_tokens=0, seed=0)
-        self._table_SF = torch.zeros(num_slots, len(_Field), dtype=torch.int32, device=self.device)
+        self._table_SF = torch.zeros(num_slots, len(Field), dtype=torch.int32, device=self.device)
         self._stop_ids_SK = torch.zeros(num_slots, MAX_STOP_IDS, dtype=torch.int64, device=self.device)
         self._bias_ids_SB = torch.zeros(num_slots, MAX_LOGIT_BIAS, dtype=torch.int64, device=self.device)
         self._bias_values_SB = torch.zeros(num_slots, MAX_LOGIT_BIAS, device=self.device)
@@ -278,18 +190,18 @@ class SamplingState:
         row = self._host_SF[slot]
         floats = row.view(np.float32)
         greedy = params.is_greedy
-        row[_Field.IS_GREEDY] = greedy
-        floats[_Field.TEMPERATURE] = 1.0 if greedy else params.temperature
-        floats[_Field.TOP_P] = 1.0 if greedy else params.top_p
-        floats[_Field.LOG_MIN_P] = -math.inf if greedy or not params.min_p else math.log(params.min_p)
-        floats[_Field.REPETITION_PENALTY] = params.repetition_penalty
-        floats[_Field.PRESENCE_PENALTY] = params.presence_penalty
-        floats[_Field.FREQUENCY_PENALTY] = params.frequency_penalty
-        row[_Field.TOP_K] = self._effective_top_k(params) or self.vocab_size
-        row[_Field.MIN_TOKENS] = min_tokens
-        row[_Field.NUM_LOGIT_BIAS] = len(params.logit_bias or ())
+        row[Field.IS_GREEDY] = greedy
+        floats[Field.TEMPERATURE] = 1.0 if greedy else params.temperature
+        floats[Field.TOP_P] = 1.0 if greedy else params.top_p
+        floats[Field.LOG_MIN_P] = -math.inf if greedy or not params.min_p else math.log(params.min_p)
+        floats[Field.REPETITION_PENALTY] = params.repetition_penalty
+        floats[Field.PRESENCE_PENALTY] = params.presence_penalty
+        floats[Field.FREQUENCY_PENALTY] = params.frequency_penalty
+        row[Field.TOP_K] = self._effective_top_k(params) or self.vocab_size
+        row[Field.MIN_TOKENS] = min_tokens
+        row[Field.NUM_LOGIT_BIAS] = len(params.logit_bias or ())
         low, high = np.array([seed], dtype=np.int64).view(np.int32)
-        row[_Field.SEED_LOW], row[_Field.SEED_HIGH] = low, high
+        row[Field.SEED_LOW], row[Field.SEED_HIGH] = low, high
 
     def _union(self, slots: list[int]) -> SamplingPlan:
         wanted = [self._special[slot] for slot in slots if slot in self._special]

@@ -12,7 +12,8 @@ import math
 
 import torch
 
-from workers.sampling.state import PROMPT_BIT, SamplingRows
+from workers.sampling.rows import SamplingRows
+from workers.sampling.state import PROMPT_BIT
 
 
 def mask_stop_ids(logits_RV: torch.Tensor, stop_ids_RK: torch.Tensor, masked_R1: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ import math
 import torch
 
 from workers.sampling.plan import SamplingPlan
+from workers.sampling.rows import SamplingRows
 from workers.sampling.selection import top_k
-from workers.sampling.state import SamplingRows
 
 _FLOAT64_INTEGER_BITS = 53
 
