@@ -88,12 +88,12 @@ def test_first_set_counts_requests_of_uniform_graphs() -> None:
 
 def test_idle_captures_follow_the_traffic() -> None:
     histogram = BatchHistogram()
-    dispatcher = GraphDispatcher(FULL_AND_PIECEWISE, [1, 2, 4, 8, 16, 32, 64, 128], 64)
+    dispatcher = GraphDispatcher(FULL_AND_PIECEWISE, [1, 2, 4, 8, 16, 32, 64, 128, 256], 64)
     plan = CapturePlan(dispatcher.capture_order(), 64, first_sizes=[64], histogram=histogram)
     _drain(plan, idle=False)
     for _ in range(10):
         histogram.record(3, 3, is_decode=True)  # saves 60 of 64 tokens with a graph of 4
-    histogram.record(1, 100, is_decode=False)  # eager without a graph of 128
+    histogram.record(1, 100, is_decode=False)  # eager until there is a graph of 128 or 256
     key = plan.next_capture(idle=True)
     assert key == _uniform(4)
     plan.mark_captured(key)
