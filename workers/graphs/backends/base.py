@@ -140,7 +140,7 @@ class GraphBackend(abc.ABC):
         """
         for holder in list(self._holders):
             holder.discard(mode, descriptor)
-        if not self._graphs:
+        if not self._graphs and self.bytes_held() > 0:
             self._release_pool()
 
     @abc.abstractmethod
