@@ -7,18 +7,26 @@ nothing is silently ignored.
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 
 from workers.errors import ConfigError
-from workers.modes import CUDAGraphMode
+from workers.modes import CompilationMode, CUDAGraphMode
 
 
 class CompilationConfig(pydantic.BaseModel):
     """The compile and graph layers.
 
     Attributes:
+        mode: How the model is compiled, by name or number; None takes VLLM_COMPILE on CUDA and NONE on a CPU, whose
+            native kernels leave a compiler nothing to fuse.
+        compile_sizes: Batch sizes, in tokens, for which every piece is compiled once more with fixed shapes.
+        piece_format: How compiled pieces are kept and loaded; ``auto`` takes ``standalone`` on CUDA and ``aoti`` on a
+            CPU. ``fx`` runs pieces as they are, without a compiler.
+        pass_config: Fusion passes by name, on or off; those not named are on.
+        inductor_compile_config: Options of ``torch._inductor.config``, by name.
+        compile_cache_dir: Private folder for plans and pieces; None keeps them in the process.
         cudagraph_mode: Which batches run as captured graphs; None takes FULL_AND_PIECEWISE on CUDA and NONE on a
             CPU, where padding costs more than launches. What the model and the attention backend cannot do is
             resolved at start, with one warning.
@@ -32,12 +40,44 @@ class CompilationConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
+    mode: CompilationMode | None = None
+    compile_sizes: list[Annotated[int, pydantic.Field(ge=1)]] = []
+    piece_format: Literal["auto", "fx", "standalone", "aoti"] = "auto"
+    pass_config: dict[str, bool] = {}
+    inductor_compile_config: dict[str, bool | int | float | str | None] = {}
+    compile_cache_dir: str | None = None
     cudagraph_mode: CUDAGraphMode | None = None
     cudagraph_capture_sizes: list[int] | None = None
     max_cudagraph_capture_size: int | None = pydantic.Field(default=None, ge=1)
     cudagraph_first_sizes: list[int] | Literal["all"] | None = None
     cudagraph_memory_limit_bytes: int | None = pydantic.Field(default=None, gt=0)
     debug_graph_inputs: bool = False
+
+    def resolved_mode(self, device_type: str) -> CompilationMode:
+        """The compilation mode for a kind of device."""
+        if self.mode is not None:
+            return self.mode
+        return CompilationMode.VLLM_COMPILE if device_type == "cuda" else CompilationMode.NONE
+
+    def resolved_piece_format(self, device_type: str) -> str:
+        """The piece format for a kind of device."""
+        if self.piece_format != "auto":
+            return self.piece_format
+        return "standalone" if device_type == "cuda" else "aoti"
+
+    @pydantic.field_validator("mode", mode="before")
+    @classmethod
+    def _compilation_mode_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return CompilationMode[value.upper()]
+        except KeyError:
+            raise ValueError(f"use one of {', '.join(CompilationMode.__members__)}") from None
+
+    @pydantic.field_serializer("mode")
+    def _compilation_mode_to_name(self, mode: CompilationMode | None) -> str | None:
+        return None if mode is None else mode.name
 
     @pydantic.field_validator("cudagraph_mode", mode="before")
     @classmethod

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import workers.attention.op  # noqa: F401  (defines torch.ops.warmgraph.attention)
 from workers.attention.base import AttentionSpec
+from workers.compile.decorator import support_torch_compile
 from workers.kernels.functional import add_rms_norm, apply_rope, rms_norm, silu_and_mul
 from workers.kernels.linear import Linear
 from workers.model.config import ModelConfig
@@ -185,6 +186,7 @@ class DecoderModel(nn.Module):
         return hidden_TE
 
 
+@support_torch_compile
 class DecoderForCausalLM(nn.Module):
     """A decoder with its language-model head, on uninitialised parameters (``load_model`` fills them).
 

@@ -1,0 +1,46 @@
+"""The compile layer: trace once, split at attention, compile unique pieces, load them without a compiler.
+
+Importing it imports no compiler. Names that need more than the decorator are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from workers.compile.decorator import support_torch_compile
+from workers.modes import CompilationMode
+
+if TYPE_CHECKING:
+    from workers.compile.model import CompiledModel, CompileReport, compile_model
+    from workers.compile.plan import Plan
+    from workers.compile.stitch import PieceInfo
+    from workers.compile.store import LocalPieceStore, PieceStore
+
+__all__ = [
+    "CompilationMode",
+    "CompileReport",
+    "CompiledModel",
+    "LocalPieceStore",
+    "PieceInfo",
+    "PieceStore",
+    "Plan",
+    "compile_model",
+    "support_torch_compile",
+]
+
+_HOME = {
+    "CompileReport": "workers.compile.model",
+    "CompiledModel": "workers.compile.model",
+    "LocalPieceStore": "workers.compile.store",
+    "PieceInfo": "workers.compile.stitch",
+    "PieceStore": "workers.compile.store",
+    "Plan": "workers.compile.plan",
+    "compile_model": "workers.compile.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'workers.compile' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

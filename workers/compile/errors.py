@@ -1,0 +1,29 @@
+"""What can go wrong between a model and its compiled form."""
+
+from __future__ import annotations
+
+from workers.errors import WarmgraphError
+
+
+class CompileError(WarmgraphError):
+    """Base of the compile layer's errors."""
+
+
+class GraphBreakError(CompileError):
+    """The model does not trace into one graph; the message names the line that broke it."""
+
+
+class RecompileError(CompileError):
+    """A call after start would have compiled again; the message names the function and the guards that failed."""
+
+
+class PlanMismatchError(CompileError):
+    """A plan does not belong to this model, these weights or this environment; the message says what differs."""
+
+
+class DamagedPieceError(CompileError):
+    """A stored piece is missing or is not what the plan says; nothing of it was executed."""
+
+
+class UnlinkablePieceError(CompileError):
+    """A built library would not load safely on other hosts and is refused; the message says why."""

@@ -1,0 +1,1 @@
+"""Piece formats: ways to turn a piece into bytes, and the bytes into something to call."""

@@ -1,0 +1,1 @@
+"""Fusion passes over the full graph, before it is split."""

@@ -1,0 +1,110 @@
+"""Mode VLLM_COMPILE: a model as pieces, split ops and weights, built cold or loaded warm.
+
+The warm path is here in full: plan, pieces, weights, one generated function. It imports what the piece format needs and
+nothing else. The cold path, in ``workers.compile.compiler``, is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from workers.compile.counters import CompileCounters
+from workers.compile.errors import PlanMismatchError
+from workers.compile.formats.base import make_format
+from workers.compile.plan import Plan, TensorSpec
+from workers.compile.stitch import LoadedPiece, Runner, WrapPiece, stitch
+from workers.compile.store import PieceStore, get_blob
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Check:
+    """What an argument must be."""
+
+    name: str
+    dtype: torch.dtype
+    ndim: int
+    dim: int
+
+
+class PiecewiseModel:
+    """Runs a plan.
+
+    Args:
+        plan: With builds in ``piece_format`` for every piece.
+        weights: The model's parameters and buffers by name.
+        store: Where the pieces are.
+        piece_format: Which builds to load.
+        options: Inductor options of the format.
+        wrap_piece: Called for every piece call, in the order of the pass, for the runner of every size and then for
+            those compiled for one size.
+        counters: Counts loaded pieces.
+
+    Raises:
+        PlanMismatchError: The weights are not those the plan was compiled for, or there is no such build.
+        DamagedPieceError: A piece is missing or is not what the plan says.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, torch.Tensor],
+        store: PieceStore,
+        piece_format: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        wrap_piece: WrapPiece | None = None,
+        counters: CompileCounters | None = None,
+    ) -> None:
+        if piece_format not in plan.formats():
+            have = ", ".join(plan.formats()) or "none"
+            raise PlanMismatchError(f"The plan has no complete set of {piece_format} pieces; it has {have}.")
+        plan.check_weights({name: _tensor_spec(name, tensor) for name, tensor in weights.items()})
+        self.plan = plan
+        self.piece_format = piece_format
+        self._counters = counters if counters is not None else CompileCounters()
+        self._checks = [
+            _Check(spec.name, getattr(torch, spec.dtype.removeprefix("torch.")), len(spec.shape), dim)
+            for spec, dim in zip(plan.arguments, plan.dynamic_dims, strict=True)
+            if spec.dtype
+        ]
+        loader = make_format(piece_format, options)
+
+        def runner(size: int | None) -> Runner:
+            pieces: dict[str, LoadedPiece] = {}
+            for key, record in plan.pieces.items():
+                build = record.find_build(piece_format, size)
+                assert build is not None
+                pieces[key] = loader.load(get_blob(store, build.sha256))
+                self._counters.num_loaded += 1
+            return stitch(plan, pieces, weights, size=size, wrap_piece=wrap_piece)
+
+        self._general = runner(None)
+        self._by_size: dict[int, Callable[..., Any]] = {size: runner(size) for size in plan.sizes(piece_format)}
+
+    def __call__(self, *args: torch.Tensor) -> Any:
+        """Run a batch; the dynamic dimensions of all arguments have one size.
+
+        Raises:
+            ValueError: An argument has another dtype, rank or size than the pieces were compiled for.
+        """
+        size = self._size(args)
+        return self._by_size.get(size, self._general)(*args)
+
+    def _size(self, args: tuple[torch.Tensor, ...]) -> int:
+        first = self._checks[0]
+        size = args[0].shape[first.dim]
+        for check, arg in zip(self._checks, args, strict=True):
+            if arg.dtype is not check.dtype or arg.dim() != check.ndim or arg.shape[check.dim] != size:
+                raise ValueError(
+                    f"{check.name} is {arg.dtype} {tuple(arg.shape)}; the model was compiled for {check.dtype} with"
+                    f" {check.ndim} dimensions, {size} in dimension {check.dim}"
+                )
+        return size
+
+
+def _tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(name, str(tensor.dtype), tuple(tensor.shape), tensor.stride())

@@ -1,0 +1,84 @@
+"""Every difference between the supported versions of PyTorch (2.11 to 2.13) that the compile layer meets.
+
+Nothing else in workers.compile asks for a version or probes for an attribute. Importing this module imports no
+compiler; the functions do.
+"""
+
+from __future__ import annotations
+
+import functools
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+def mark_unbacked(tensor: torch.Tensor, dim: int) -> None:
+    """Give ``dim`` a size that the compiler knows nothing about, so that 0 and 1 are not special."""
+    from torch._dynamo.decorators import mark_unbacked as mark
+
+    mark(tensor, dim)
+
+
+def user_line(error: Exception) -> str:
+    """``file:line`` of the model's code that an error of Dynamo points at."""
+    stack: traceback.StackSummary | None = getattr(error, "real_stack", None)
+    if stack:
+        frame = stack[-1]
+        return f"{frame.filename}:{frame.lineno} ({(frame.line or frame.name).strip()})"
+    return "The model"
+
+
+def first_line(function: Callable[..., Any]) -> str:
+    """``file:line (name)`` of a function."""
+    code = function.__code__
+    return f"{code.co_filename}:{code.co_firstlineno} ({function.__qualname__})"
+
+
+def dynamo_compile(
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    *,
+    keeps_guards: bool,
+    on_guard_failure: Callable[[str], None],
+) -> Callable[..., Any]:
+    """``torch.compile(function, backend, fullgraph=True)`` that tells which guard failed before a recompile.
+
+    Args:
+        keeps_guards: False drops every guard, so that there is never a reason to compile again.
+    """
+    import torch._dynamo
+
+    options: dict[str, Any] = {"guard_fail_fn": lambda failure: on_guard_failure(str(failure.reason).strip())}
+    if not keeps_guards:
+        options["guard_filter_fn"] = lambda entries: [False] * len(entries)
+    compiled: Callable[..., Any] = torch._dynamo.optimize(backend, nopython=True, **options)(function)
+    return compiled
+
+
+@functools.cache
+def prepare_inductor() -> None:
+    """Settle what Inductor of 2.11 finds out slowly.
+
+    Before its first kernel on a CPU it starts a Python process per instruction set, which imports torch only so that
+    the test library finds libtorch. Loading that library by name gives the same answer in a fraction of the time, as
+    later releases do.
+    """
+    if _RELEASE >= (2, 12):
+        return
+    from torch._inductor.cpu_vec_isa import VecISA
+
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.exists():
+        VecISA._avx_py_load = (
+            f"import ctypes\nctypes.CDLL({str(library)!r}, ctypes.RTLD_GLOBAL)\nctypes.CDLL('__lib_path__')\n"
+        )
+
+
+def artifact_function(artifact: Any) -> Callable[..., Any]:
+    """What a standalone artifact calls, without the layers around it."""
+    return artifact  # type: ignore[no-any-return]
