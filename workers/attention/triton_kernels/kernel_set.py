@@ -1,0 +1,236 @@
+"""The kernels of one attention spec, specialised once and launched by name.
+
+Turns tensors into grids and argument lists; decides nothing. Needs triton.
+
+Shape suffixes: as in :mod:`workers.attention.base`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from workers.attention.base import AttentionSpec
+from workers.attention.triton_kernels.cache_write import cache_write_kernel
+from workers.attention.triton_kernels.decode import decode_kernel, merge_kernel
+from workers.attention.triton_kernels.launch import KernelLaunch
+from workers.attention.triton_kernels.prefill import prefill_kernel
+from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPlan, SplitPolicy
+
+#: Tokens of one cache-write program.
+WRITE_TOKENS = 32
+#: Requests that a prefill program looks at in one go to find its own.
+SEARCH_LANES = 256
+#: Elements of partial results that a merge holds in registers at a time (32 for each of 128 threads).
+MERGE_ELEMENTS = 4096
+
+# Example arguments for specialisation: a multiple of 16 (strides), and any number (sizes; see the kernels'
+# do_not_specialize lists).
+_ALIGNED = 16
+_ANY = 2
+_I32, _I64, _F32 = torch.int32, torch.int64, torch.float32
+
+
+class KernelSet:
+    """Cache write, decode, merge and prefill for one spec on one device.
+
+    Owns the workspace for partial results. Its size follows from the policy, not from any batch; a launch uses
+    slots ``(row * K + head) * num_splits + split``.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        device: torch.device,
+        decode_tile: DecodeTile,
+        prefill_tile: PrefillTile,
+        splits: SplitPolicy,
+    ) -> None:
+        self.spec = spec
+        self.fused_merge = splits.fused_merge
+        self.group = spec.num_heads // spec.num_kv_heads
+        self.block_q = prefill_tile.block_m // self.group
+        self._head_dim_padded = _next_power_of_2(spec.head_dim)
+        self._group_merge = _next_power_of_2(self.group)
+        self._merge_tile = max(MERGE_ELEMENTS // (self._group_merge * self._head_dim_padded), 2)
+        self._qk_scale = spec.scale * math.log2(math.e)
+        self._window = spec.sliding_window or 0
+
+        slots = splits.max_programs * self.group
+        self._partials = (
+            torch.empty(slots * spec.head_dim, dtype=_F32, device=device),
+            torch.empty(slots, dtype=_F32, device=device),
+            torch.empty(slots, dtype=_F32, device=device),
+        )
+        # One per (row, KV head). A launch that splits leaves them at zero, as it found them.
+        self._counters = torch.zeros(splits.max_programs, dtype=_I32, device=device)
+
+        self._write = self._specialize_write()
+        self._decode = {mixed: self._specialize_decode(decode_tile, mixed) for mixed in (False, True)}
+        self._merge = {mixed: self._specialize_merge(decode_tile, mixed) for mixed in (False, True)}
+        self._prefill = self._specialize_prefill(prefill_tile)
+
+    def launches(self) -> dict[str, KernelLaunch]:
+        """Every kernel that this set can launch, by name."""
+        launches = {"cache_write": self._write, "prefill": self._prefill}
+        for mixed, kind in ((False, "uniform"), (True, "mixed")):
+            launches[f"decode_{kind}"] = self._decode[mixed]
+            if not self.fused_merge:
+                launches[f"merge_{kind}"] = self._merge[mixed]
+        return launches
+
+    def write_cache(
+        self,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping_T: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        """Scatter k and v to their slots; zero the output rows of padding tokens."""
+        num_tokens = k_TKD.shape[0]
+        self._write(
+            (self.spec.num_kv_heads, -(-num_tokens // WRITE_TOKENS), 1),
+            k_TKD,
+            v_TKD,
+            out_THD,
+            kv_cache,
+            slot_mapping_T,
+            k_TKD.stride(0),
+            v_TKD.stride(0),
+            out_THD.stride(0),
+            num_tokens,
+        )
+
+    def decode(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table_RM: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        slot_mapping_T: torch.Tensor,
+        out_THD: torch.Tensor,
+        plan: SplitPlan,
+        *,
+        mixed: bool,
+    ) -> None:
+        """Write and attend for every request that brings one token.
+
+        Args:
+            plan: For as many rows as this launches: R if ``mixed``, else T.
+            mixed: Rows are requests, some of which bring other numbers of tokens and are passed over; else row r
+                is token r.
+        """
+        num_rows = seq_lens.shape[0]
+        rows = num_rows if mixed else q_THD.shape[0]
+        kv_heads = self.spec.num_kv_heads
+        sizes = (num_rows, plan.num_splits, plan.occupancy_splits, plan.min_chunk, plan.max_chunk)
+        self._decode[mixed](
+            (kv_heads, rows, plan.num_splits),
+            out_THD,
+            q_THD,
+            k_TKD,
+            v_TKD,
+            kv_cache,
+            block_table_RM,
+            seq_lens,
+            query_start_loc,
+            slot_mapping_T,
+            *self._partials,
+            self._counters,
+            out_THD.stride(0),
+            q_THD.stride(0),
+            k_TKD.stride(0),
+            v_TKD.stride(0),
+            block_table_RM.stride(0),
+            *sizes,
+        )
+        if plan.num_splits > 1 and not self.fused_merge:
+            self._merge[mixed](
+                (kv_heads, rows, 1),
+                out_THD,
+                seq_lens,
+                query_start_loc,
+                *self._partials,
+                out_THD.stride(0),
+                *sizes,
+            )
+
+    def prefill(
+        self,
+        q_THD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table_RM: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        out_THD: torch.Tensor,
+    ) -> None:
+        """Attend for every request that brings more than one token; their keys and values are in the cache."""
+        num_reqs = seq_lens.shape[0]
+        num_tiles = q_THD.shape[0] // self.block_q + num_reqs
+        self._prefill(
+            (self.spec.num_kv_heads, num_tiles, 1),
+            out_THD,
+            q_THD,
+            kv_cache,
+            block_table_RM,
+            seq_lens,
+            query_start_loc,
+            out_THD.stride(0),
+            q_THD.stride(0),
+            block_table_RM.stride(0),
+            num_reqs,
+        )
+
+    def _specialize_write(self) -> KernelLaunch:
+        s, data = self.spec, self.spec.dtype
+        return KernelLaunch(
+            cache_write_kernel,
+            (data, data, data, data, _I64, _ALIGNED, _ALIGNED, _ALIGNED, _ANY),
+            (s.num_kv_heads, self.group, s.head_dim, self._head_dim_padded, s.block_size, WRITE_TOKENS),
+        )
+
+    def _specialize_decode(self, tile: DecodeTile, mixed: bool) -> KernelLaunch:
+        s, data = self.spec, self.spec.dtype
+        tensors = (data, data, data, data, data, _I32, _I32, _I32, _I64, _F32, _F32, _F32, _I32)
+        strides = (_ALIGNED, _ALIGNED, _ALIGNED, _ALIGNED, _ANY)
+        # A matrix instruction takes 16 rows, so smaller groups are padded to that.
+        groups = (s.num_kv_heads, self.group, max(self._group_merge, 16), self._group_merge)
+        cache = (s.head_dim, self._head_dim_padded, s.block_size, self._window)
+        tiles = (tile.block_n, self._merge_tile)
+        return KernelLaunch(
+            decode_kernel,
+            (*tensors, *strides, _ANY, _ANY, _ANY, _ANY, _ANY),
+            (self._qk_scale, *groups, *cache, *tiles, mixed, self.fused_merge, tile.overlap_launch),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            launch_pdl=tile.overlap_launch,
+        )
+
+    def _specialize_merge(self, tile: DecodeTile, mixed: bool) -> KernelLaunch:
+        s = self.spec
+        heads = (s.num_kv_heads, self.group, self._group_merge, s.head_dim, self._head_dim_padded)
+        return KernelLaunch(
+            merge_kernel,
+            (s.dtype, _I32, _I32, _F32, _F32, _F32, _ALIGNED, _ANY, _ANY, _ANY, _ANY, _ANY),
+            (*heads, self._window, tile.block_n, self._merge_tile, mixed),
+        )
+
+    def _specialize_prefill(self, tile: PrefillTile) -> KernelLaunch:
+        s, data = self.spec, self.spec.dtype
+        heads = (s.num_kv_heads, self.group, s.head_dim, self._head_dim_padded)
+        return KernelLaunch(
+            prefill_kernel,
+            (data, data, data, _I32, _I32, _I32, _ALIGNED, _ALIGNED, _ANY, _ANY),
+            (self._qk_scale, *heads, s.block_size, self._window, tile.block_m, tile.block_n, SEARCH_LANES),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,105 @@
+# mypy: disable-error-code="import-not-found, import-untyped"
+"""One specialisation of one Triton kernel, compiled ahead of time and launched with little host work.
+
+Triton's ``kernel[grid](...)`` binds, classifies and hashes every argument on each call, and compiles when it meets a
+new class of them. Here a kernel is compiled once, from example arguments, and launched directly: nothing can compile
+while serving, and a launch costs the host a fraction of the time. The price is a promise by the caller: pointers and
+strides of later calls are multiples of 16 where the example's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import triton
+from triton.runtime.jit import JITFunction
+
+#: Releases whose ``CompiledKernel.run`` is known to take what :meth:`KernelLaunch.__call__` passes. It spares the
+#: profiler hooks of ``compiled[grid](...)``, half of a launch's host time; other releases go that documented way.
+_DIRECT_RUN_RELEASES = ("3.6.",)
+
+
+class KernelLaunch:
+    """A kernel with its constants fixed.
+
+    Args:
+        kernel: A ``triton.jit`` function whose constexpr parameters come last.
+        example: Runtime arguments to specialise for: torch dtypes for pointers, numbers for numbers.
+        constants: Values of the constexpr parameters, in order.
+        num_warps: Warps per program.
+        num_stages: Depth of the software pipeline.
+        launch_pdl: Programmatic dependent launch; the kernel waits for the previous one by itself.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        example: Sequence[Any],
+        constants: Sequence[Any],
+        *,
+        num_warps: int = 4,
+        num_stages: int = 1,
+        launch_pdl: bool = False,
+    ) -> None:
+        assert len(kernel.arg_names) == len(example) + len(constants)
+        self.kernel = kernel
+        self.constants = tuple(constants)
+        self._example = tuple(example)
+        self._options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
+        self._compiled: Any = None
+        self._run: Any = None
+        # TRITON_INTERPRET=1 turns jit functions into plain Python: nothing to compile.
+        self._interpreted = not isinstance(kernel, JITFunction)
+
+    @property
+    def hash(self) -> str:
+        """Triton's hash of the compiled kernel, its folder in the Triton cache; empty before compilation."""
+        return "" if self._compiled is None else str(self._compiled.hash)
+
+    def start_compiling(self) -> None:
+        """Compile, or take from Triton's disk cache; inside ``triton.AsyncCompileMode``, in the background."""
+        if self._compiled is None and not self._interpreted:
+            args = self._example + self.constants
+            self._compiled = self.kernel.warmup(*args, grid=(1, 1, 1), **self._options)
+
+    def load(self) -> None:
+        """Finish compiling and load the binary into the current device's context; launches nothing."""
+        if self._interpreted or self._run is not None:
+            return
+        self.start_compiling()
+        if isinstance(self._compiled, triton.FutureKernel):
+            self._compiled = self._compiled.result()
+        compiled = self._compiled
+        driver: Any = triton.runtime.driver.active
+        device = driver.get_current_device()
+        _ = compiled[(1, 1, 1)]  # loads the binary
+        if not triton.__version__.startswith(_DIRECT_RUN_RELEASES):
+            self._run = lambda grid, args: compiled[grid](*args)
+            return
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+        def direct(grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+            stream = driver.get_current_stream(device)
+            run(grid[0], grid[1], grid[2], stream, function, metadata, None, None, None, *args)
+
+        self._run = direct
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launch on the current stream; ``args`` are the runtime arguments in order."""
+        if self._interpreted:
+            self.kernel[grid](*args, *self.constants)
+            return
+        if self._run is None:
+            self.load()
+        self._run(grid, args + self.constants)
+
+
+def compile_all(launches: Sequence[KernelLaunch], num_threads: int = 8) -> None:
+    """Compile side by side, then load."""
+    with ThreadPoolExecutor(num_threads) as pool, triton.AsyncCompileMode(pool):
+        for launch in launches:
+            launch.start_compiling()
+    for launch in launches:
+        launch.load()
