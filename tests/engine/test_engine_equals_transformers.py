@@ -30,13 +30,15 @@ def greedy(llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int = golden.
     return [tuple(output.outputs[0].token_ids) for output in outputs]
 
 
+@pytest.fixture(scope="module")
+def llm(default_model: Path) -> LLM:
+    return make_llm(default_model, max_num_batched_tokens=256)
+
+
 @pytest.mark.model
+@pytest.mark.timeout(900)
 class TestDefaultModel:
     """SmolLM2-135M-Instruct, 8 prompts of 64 tokens."""
-
-    @pytest.fixture(scope="class")
-    def llm(self, default_model: Path) -> LLM:
-        return make_llm(default_model, max_num_batched_tokens=256)
 
     def test_alone(self, llm: LLM, default_model: Path) -> None:
         ids = golden.prompt_ids(default_model)

@@ -163,7 +163,7 @@ class Engine:
         chunks = []
         for update in self.scheduler.update(output, result.token_ids):
             request = update.request
-            logprobs = result.logprobs.get(request.request_id)
+            logprobs = result.logprobs.get(update.sample_index)
             chunk, stop_string = self._outputs.process(request, update.token_ids, logprobs)
             if stop_string is not None and not request.is_finished:
                 self.scheduler.finish(request, FinishReason.STOP, stop_string)
@@ -188,10 +188,7 @@ class Engine:
             raise InvalidRequestError(
                 f"Token ids of the prompt must be between 0 and {vocab_size - 1}.", param="prompt"
             )
-        if params.logit_bias and max(params.logit_bias) >= vocab_size:
-            raise InvalidRequestError(
-                f"Token ids of logit_bias must be below the vocabulary size {vocab_size}.", param="logit_bias"
-            )
+        params.check_vocabulary(vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequestError(
                 "Stop strings need a tokenizer, and this engine runs without one; use stop_token_ids.", param="stop"

@@ -36,8 +36,8 @@ class PromptLogprobsChunk:
 
 def sampled_logprobs(
     requests: list[Request], token_ids: list[int], logprobs: LogprobsTensors
-) -> dict[str, list[PositionLogprobs]]:
-    """One position per sampled request that asked for logprobs, by request id; waits for the device.
+) -> dict[int, list[PositionLogprobs]]:
+    """One position per sampled request that asked for logprobs, by row; waits for the device.
 
     Args:
         requests: The sampled requests, in row order.
@@ -46,7 +46,7 @@ def sampled_logprobs(
     """
     rows = logprobs.to_lists()
     return {
-        request.request_id: [rows.position(row, token_ids[row], request.params.logprobs)]
+        row: [rows.position(row, token_ids[row], request.params.logprobs)]
         for row, request in enumerate(requests)
         if request.params.logprobs is not None
     }

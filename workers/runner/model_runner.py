@@ -39,12 +39,12 @@ class StepResult:
 
     Attributes:
         token_ids: One per sampled request, in the order of the schedule.
-        logprobs: For sampled requests that asked: one position, by request id.
+        logprobs: For sampled requests that asked: one position, by index into ``token_ids``.
         prompt_logprobs: For prefill chunks of requests that asked, by request id.
     """
 
     token_ids: list[int]
-    logprobs: dict[str, list[PositionLogprobs]]
+    logprobs: dict[int, list[PositionLogprobs]]
     prompt_logprobs: dict[str, PromptLogprobsChunk]
 
 
