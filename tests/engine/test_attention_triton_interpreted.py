@@ -1,39 +1,27 @@
 """The Triton attention kernels on the CPU, through Triton's interpreter.
 
-``TRITON_INTERPRET`` acts when a kernel is defined and holds for the whole process, so the cases run in a child:
-collected without the variable, this file is one test that runs itself with it.
+``TRITON_INTERPRET`` acts when a kernel is defined and holds for the whole process, so the cases run in a child.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from tests.paged_attention_cases import make_case, run_case
-from workers.attention.base import AttentionSpec
-from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPolicy
-from workers.attention.triton_paged import TritonPagedAttention
+pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs in the child process that the test below starts")
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+ROOT = pathlib.Path(__file__).parents[2]
+CASES = "tests/engine/triton_interpreted_cases.py"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the child")
 def test_kernels_in_the_interpreter() -> None:
-    root = pathlib.Path(__file__).parents[2]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", str(pathlib.Path(__file__).relative_to(root)), "-q", "-p", "no:cacheprovider"],
-        cwd=root,
+        [sys.executable, "-m", "pytest", CASES, "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -41,154 +29,3 @@ def test_kernels_in_the_interpreter() -> None:
     )
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     assert " passed" in child.stdout
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_with_current_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 turns loop bounds, arrays of one element, into ints with ``int()``, which numpy 2.4 refuses."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-
-
-def make_backend(
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 16,
-    block_size: int = 8,
-    window: int | None = None,
-    dtype: torch.dtype = torch.float16,
-    block_n: int = 16,
-    splits: SplitPolicy | None = None,
-    block_m: int = 32,
-) -> TritonPagedAttention:
-    """Small tiles, and chunks so short that a few dozen tokens are split."""
-    spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, block_size, dtype, window)
-    splits = splits or SplitPolicy(programs_per_sm=1.0, min_chunk=16, max_chunk=64, max_programs=64)
-    return TritonPagedAttention(
-        spec,
-        torch.device("cpu"),
-        decode_tile=DecodeTile(block_n, 1, 1),
-        prefill_tile=PrefillTile(block_m, block_n, 1, 1),
-        splits=splits,
-        num_sms=16,
-    )
-
-
-def check(backend: TritonPagedAttention, seq_lens: list[int], query_lens: list[int], **options: Any) -> None:
-    case = make_case(backend, seq_lens, query_lens, **options)
-    run_case(backend, case)
-    case.check()
-
-
-@in_interpreter
-@pytest.mark.parametrize(
-    ("block_size", "block_n", "fused"), [(8, 16, True), (16, 16, False), (32, 16, True), (16, 32, True)]
-)
-def test_decode_at_block_and_tile_boundaries(block_size: int, block_n: int, fused: bool) -> None:
-    splits = SplitPolicy(programs_per_sm=6.0, min_chunk=16, max_chunk=32, max_programs=128, fused_merge=fused)
-    backend = make_backend(2, 1, block_size=block_size, block_n=block_n, splits=splits)
-    lengths = [1, 2, 7, 8, 9, 16, 17, 18, 32, 33, 34, 50]
-    check(backend, lengths, [1] * len(lengths))
-
-
-@in_interpreter
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1), (8, 2), (7, 1), (20, 1)])
-def test_group_sizes(heads: int, kv_heads: int) -> None:
-    backend = make_backend(heads, kv_heads)
-    check(backend, [5, 37], [1, 1])
-    check(backend, [5, 37, 20], [5, 1, 9])
-
-
-@in_interpreter
-def test_a_head_size_that_is_no_power_of_two() -> None:
-    backend = make_backend(2, 1, 96)
-    check(backend, [40, 3], [1, 1])
-    check(backend, [40, 3], [20, 3])
-
-
-@in_interpreter
-@pytest.mark.parametrize("window", [1, 2, 16, 23])
-def test_sliding_window(window: int) -> None:
-    backend = make_backend(2, 1, window=window)
-    check(backend, [1, 8, 9, 24, 40, 63], [1] * 6)
-    check(backend, [40, 1, 30, 24, 17], [40, 1, 1, 7, 2])
-
-
-@in_interpreter
-def test_padding_rows_of_a_decode_are_harmless() -> None:
-    backend = make_backend()
-    check(backend, [20, 9, 33], [1, 1, 1], padded_reqs=8, padded_tokens=8, num_table_columns=20)
-    # More tokens than rows, and more rows than tokens.
-    check(backend, [20, 9, 33], [1, 1, 1], padded_reqs=3, padded_tokens=8)
-    check(backend, [20, 9, 33], [1, 1, 1], padded_reqs=8, padded_tokens=3)
-
-
-@in_interpreter
-def test_padding_rows_of_a_mixed_batch_are_harmless() -> None:
-    backend = make_backend()
-    check(backend, [20, 9, 33], [1, 9, 4], padded_reqs=8, padded_tokens=32)
-    check(backend, [20, 9, 33], [1, 9, 4], padded_reqs=3, padded_tokens=14)
-
-
-@in_interpreter
-def test_a_batch_of_padding_alone() -> None:
-    backend = make_backend()
-    check(backend, [], [], padded_reqs=4, padded_tokens=4, num_table_columns=4, max_query_len=1)
-    check(backend, [], [], padded_reqs=2, padded_tokens=8, num_table_columns=4, max_query_len=8)
-
-
-@in_interpreter
-def test_decodes_inside_a_mixed_batch() -> None:
-    """One-token rows before, between and after prompts; a one-token prompt; a prompt's last single token."""
-    backend = make_backend()
-    check(backend, [50, 1, 20, 45, 33, 12], [1, 1, 20, 1, 5, 1])
-    # A mixed launch that turns out to hold decodes only, as a graph's replay may.
-    check(backend, [50, 1, 20], [1, 1, 1], max_query_len=2)
-
-
-@in_interpreter
-def test_chunked_prefill_reads_cached_context() -> None:
-    backend = make_backend(block_m=16)
-    check(backend, [64, 41, 17, 16], [20, 33, 2, 15])
-
-
-@in_interpreter
-def test_more_requests_than_one_search_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from workers.attention.triton_kernels import kernel_set
-
-    monkeypatch.setattr(kernel_set, "SEARCH_LANES", 4)
-    backend = make_backend(2, 1)
-    check(backend, [3, 1, 9, 20, 2, 6], [3, 1, 2, 2, 2, 4], padded_reqs=9, padded_tokens=20)
-
-
-@in_interpreter
-def test_random_batches() -> None:
-    rng = np.random.default_rng(7)
-    for seed in range(3):
-        num_reqs = int(rng.integers(1, 6))
-        seq_lens = rng.integers(1, 60, num_reqs)
-        query_lens = np.minimum(np.where(rng.random(num_reqs) < 0.4, 1, rng.integers(1, 40, num_reqs)), seq_lens)
-        window = int(rng.integers(1, 40)) if seed % 2 else None
-        backend = make_backend(int(rng.integers(1, 5)) * 2, 2, window=window, block_size=int(rng.choice([4, 8, 16])))
-        check(backend, seq_lens.tolist(), query_lens.tolist(), seed=seed)
-
-
-@in_interpreter
-@pytest.mark.parametrize("max_programs", [2, 16])
-def test_a_step_leaves_the_workspace_as_it_found_it(max_programs: int) -> None:
-    backend = make_backend(2, 1, splits=SplitPolicy(4.0, min_chunk=16, max_chunk=16, max_programs=max_programs))
-    case = make_case(backend, [50, 18], [1, 1])
-    for _ in range(2):
-        case.out_THD.fill_(float("nan"))
-        run_case(backend, case)
-        case.check()
-    assert not backend.kernels._counters.any()
