@@ -56,6 +56,23 @@ def test_graphs_give_the_tokens_of_eager(mode: str, sizes: list[int], eager_toke
     assert report.captured["FULL"] == len(report.graphs)
 
 
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_pieces_line_up_with_graphs(mode: str, eager_tokens: list[list[int]]) -> None:
+    """Every compiled piece is one graph and attention runs between them; three layers make four pieces."""
+    llm = make_llm(
+        mode="VLLM_COMPILE",
+        piece_format="fx",
+        cudagraph_mode=mode,
+        cudagraph_capture_sizes=[2, 4, 8, 32],
+        cudagraph_first_sizes="all",
+        debug_graph_inputs=True,
+    )
+    assert tokens(llm) == eager_tokens
+    report = llm.engine.runner.graph_report()
+    assert {row.num_graphs for row in report.graphs if row.mode == "PIECEWISE"} == {4}
+    assert report.replays["PIECEWISE"] > 0
+
+
 def test_the_engine_serves_before_all_is_captured(eager_tokens: list[list[int]]) -> None:
     llm = make_llm(
         cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 2, 3, 4, 8], cudagraph_first_sizes=[8]

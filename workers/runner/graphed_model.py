@@ -1,19 +1,25 @@
-"""The model with captured graphs in front of it: which graph a batch takes, and capturing them.
+"""The compiled model with captured graphs in front of it: which graph a batch takes, and capturing them.
 
-Puts the parts of ``workers.graphs`` together for one model: resolution, dispatcher, wrappers, plan, budget. Knows
-padded batches; nothing about requests or sampling.
+Puts the parts of ``workers.compile`` and ``workers.graphs`` together for one model: compilation, resolution,
+dispatcher, wrappers, plan, budget. Knows padded batches; nothing about requests or sampling.
 
 Shape suffixes: T = tokens of the (padded) batch, E = model width, V = vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from workers.attention.base import AttentionBackend
+from workers.compile.model import CompiledModel, compile_model
+from workers.compile.stitch import PieceInfo
+from workers.compile.store import LocalPieceStore
 from workers.config import EngineConfig
 from workers.graphs import (
     AttentionCGSupport,
@@ -33,6 +39,7 @@ from workers.graphs import (
 )
 from workers.graphs.backends.factory import make_graph_backend
 from workers.graphs.capturer import GraphCapturer
+from workers.graphs.report import summary_line
 from workers.graphs.resolve import ModeResolution
 from workers.graphs.wrapper import CUDAGraphWrapper
 from workers.model.decoder import DecoderForCausalLM
@@ -46,7 +53,7 @@ _NO_GRAPH = CUDAGraphMode.NONE
 
 
 class GraphedModel:
-    """Runs padded batches eagerly or through captured graphs.
+    """Runs padded batches, compiled or not, with or without captured graphs.
 
     Args:
         config: The engine's configuration.
@@ -66,10 +73,11 @@ class GraphedModel:
     ) -> None:
         self._model = model
         self._attn_backend = backend
+        compile_mode = _compile_mode(config, backend.device)
         self._kv_caches = kv_caches
         self._batch = batch
         self._graph_backend = make_graph_backend(backend.device)
-        self._resolution = _resolve(config, backend, self._graph_backend.freezes_context)
+        self._resolution = _resolve(config, compile_mode, backend, self._graph_backend.freezes_context)
         compilation = config.compilation_config
         self._counters = GraphCounters()
         self._histogram = BatchHistogram()
@@ -96,8 +104,10 @@ class GraphedModel:
         )
         self._budget = GraphMemoryBudget(compilation.cudagraph_memory_limit_bytes)
         self._capturer = GraphCapturer(self._graph_backend, self._dispatcher, self._plan, self._budget, self._run_dummy)
-        self._decode = self._wrap(self._decode_logits, "decode", compilation.debug_graph_inputs)
-        self._forward = self._wrap(model, "model", compilation.debug_graph_inputs)
+        self._checks_inputs = compilation.debug_graph_inputs
+        self.compiled = self._compile(config)
+        self._decode = self._wrap(self._decode_logits, CUDAGraphMode.FULL, "decode")
+        self._forward = self._wrap(self.compiled, CUDAGraphMode.FULL, "model")
 
     def dispatch(self, output: SchedulerOutput) -> tuple[CUDAGraphMode, BatchDescriptor]:
         """The runtime mode and the padded size of a step."""
@@ -123,8 +133,7 @@ class GraphedModel:
         """Capture what serves every decode batch by padding; afterwards the engine is ready."""
         self._capturer.capture_first_set()
         if self._resolution.mode is not _NO_GRAPH:
-            report = self.report()
-            logger.info("graphs: %s, %d captured, %d pending", report.mode, len(report.captured), report.pending)
+            logger.info("%s", summary_line(self.report()))
 
     def capture_next(self, idle: bool) -> bool:
         """Make one of the remaining captures, if ``idle``; returns whether there was one."""
@@ -142,18 +151,39 @@ class GraphedModel:
             bytes_held=self._graph_backend.bytes_held(),
         )
 
-    def _wrap(self, function: Callable[..., torch.Tensor], name: str, debug_graph_inputs: bool) -> CUDAGraphWrapper:
+    def _compile(self, config: EngineConfig) -> CompiledModel:
+        compilation = config.compilation_config
+        example = self._batch.prepare_dummy(num_tokens=2, num_reqs=1, max_query_len=2)
+        has_pieces = self._resolution.mode.has_piecewise()
+        cache_dir = compilation.compile_cache_dir
+        compiled = compile_model(
+            self._model,
+            compilation,
+            {"input_ids_T": example.input_ids_T, "positions_T": example.positions_T},
+            enforce_eager=config.enforce_eager,
+            wrap_piece=self._wrap_piece if has_pieces else None,
+            store=LocalPieceStore(Path(cache_dir).expanduser()) if cache_dir else None,
+            factors=dataclasses.asdict(self._model.config) | {"dtype": str(self._model.dtype)},
+        )
+        if compiled.mode is not CompilationMode.NONE:
+            logger.info("compiled: %s", compiled.report)
+        return compiled
+
+    def _wrap_piece(self, piece: Callable[..., Any], info: PieceInfo) -> CUDAGraphWrapper:
+        return self._wrap(piece, CUDAGraphMode.PIECEWISE, f"piece {info.index}")
+
+    def _wrap(self, function: Callable[..., Any], mode: CUDAGraphMode, name: str) -> CUDAGraphWrapper:
         return CUDAGraphWrapper(
             function,
-            CUDAGraphMode.FULL,
+            mode,
             self._graph_backend,
             name=name,
-            debug_graph_inputs=debug_graph_inputs,
+            debug_graph_inputs=self._checks_inputs,
             counters=self._counters,
         )
 
     def _decode_logits(self, input_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        return self._model.compute_logits(self._model(input_ids_T, positions_T))
+        return self._model.compute_logits(self.compiled(input_ids_T, positions_T))
 
     def _run_dummy(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         num_reqs = descriptor.num_reqs or 1
@@ -161,7 +191,13 @@ class GraphedModel:
         self.run(self._batch.prepare_dummy(descriptor.num_tokens, num_reqs, query_len), mode, descriptor)
 
 
-def _resolve(config: EngineConfig, backend: AttentionBackend, freezes_context: bool) -> ModeResolution:
+def _compile_mode(config: EngineConfig, device: torch.device) -> CompilationMode:
+    return CompilationMode.NONE if config.enforce_eager else config.compilation_config.resolved_mode(device.type)
+
+
+def _resolve(
+    config: EngineConfig, compile_mode: CompilationMode, backend: AttentionBackend, freezes_context: bool
+) -> ModeResolution:
     """The mode that runs. Only a mode that the user asked for is worth a warning when it cannot be had."""
     support = backend.cudagraph_support if freezes_context else AttentionCGSupport.ALWAYS
     requested = config.compilation_config.cudagraph_mode
@@ -171,7 +207,9 @@ def _resolve(config: EngineConfig, backend: AttentionBackend, freezes_context: b
     if requested is None:
         on_cuda = backend.device.type == "cuda"
         requested = CUDAGraphMode.FULL_AND_PIECEWISE if on_cuda else _NO_GRAPH
-    resolution = resolve_mode_with_reason(requested, CompilationMode.NONE, support, attention_is_split=False)
+    resolution = resolve_mode_with_reason(
+        requested, compile_mode, support, attention_is_split=compile_mode is CompilationMode.VLLM_COMPILE
+    )
     if resolution.reason is not None:
         logger.log(logging.INFO if is_default else logging.WARNING, "%s", resolution.reason)
     return resolution
