@@ -11,6 +11,7 @@ tokens. Ends in one JSON line.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -153,11 +154,11 @@ def measure(run: DecodeRun, phase: str, folder: Path) -> dict[str, Any]:
     from workers.config import CompilationConfig
     from workers.modes import CompilationMode
 
-    clock = run.clock
+    clock, files_before = run.clock, cache_files()
     stage, _, name = phase.partition("-")
     has_pieces = stage in ("cold", "warm")
     if name == "standalone":
-        import torch._inductor.standalone_compile
+        importlib.import_module("torch._inductor.standalone_compile")
     clock.lap("import_compiler_s")
     mode = CompilationMode.VLLM_COMPILE if has_pieces else CompilationMode[{"eager": "NONE"}.get(stage, stage.upper())]
     config = CompilationConfig(mode=mode, piece_format=name or "auto")
@@ -168,6 +169,7 @@ def measure(run: DecodeRun, phase: str, folder: Path) -> dict[str, Any]:
     assert model.report.is_warm is (stage == "warm")
     tokens = run.generate(model)
     result: dict[str, Any] = {"tokens": tokens, "unique_pieces": model.report.num_unique_pieces}
+    result["new_cache_files"] = cache_files() - files_before
     if model.plan is not None:
         builds = [build for piece in model.plan.pieces.values() for build in piece.builds if build.format == name]
         result["builds"] = [(build.seconds, build.num_bytes) for build in builds]
@@ -176,6 +178,12 @@ def measure(run: DecodeRun, phase: str, folder: Path) -> dict[str, Any]:
     if run.device.type == "cuda":
         result["graph"] = run.time_graph(model)
     return result
+
+
+def cache_files() -> int:
+    """Kernels and programs that Inductor and Triton have written in this phase: what was compiled."""
+    folders = (Path(os.environ[name]) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
+    return sum(1 for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
 class DecodeRun:

@@ -22,8 +22,9 @@ class CompilationConfig(pydantic.BaseModel):
         mode: How the model is compiled, by name or number; None takes VLLM_COMPILE on CUDA and NONE on a CPU, whose
             native kernels leave a compiler nothing to fuse.
         compile_sizes: Batch sizes, in tokens, for which every piece is compiled once more with fixed shapes.
-        piece_format: How compiled pieces are kept and loaded; ``auto`` takes ``standalone`` on CUDA and ``aoti`` on a
-            CPU. ``fx`` runs pieces as they are, without a compiler.
+        piece_format: How compiled pieces are kept and loaded. ``auto`` loads ``aoti`` pieces if they have been built,
+            and otherwise takes what is ready first: ``standalone`` on CUDA, and on a CPU ``fx``, which runs pieces as
+            they are, without a compiler.
         pass_config: Fusion passes by name, on or off; those not named are on.
         inductor_compile_config: Options of ``torch._inductor.config``, by name.
         compile_cache_dir: Private folder for plans and pieces; None keeps them in the process.
@@ -59,11 +60,11 @@ class CompilationConfig(pydantic.BaseModel):
             return self.mode
         return CompilationMode.VLLM_COMPILE if device_type == "cuda" else CompilationMode.NONE
 
-    def resolved_piece_format(self, device_type: str) -> str:
-        """The piece format for a kind of device."""
+    def piece_formats(self, device_type: str) -> tuple[str, ...]:
+        """Piece formats for a kind of device: the best one to load first, the one to build last."""
         if self.piece_format != "auto":
-            return self.piece_format
-        return "standalone" if device_type == "cuda" else "aoti"
+            return (self.piece_format,)
+        return ("aoti", "standalone") if device_type == "cuda" else ("aoti", "fx")
 
     @pydantic.field_validator("mode", mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """The compile layer: trace once, split at attention, compile unique pieces, load them without a compiler.
 
-Importing it imports no compiler. Names that need more than the decorator are resolved on first use.
+Importing it imports no compiler, and not even torch: names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from workers.compile.decorator import support_torch_compile
 from workers.modes import CompilationMode
 
 if TYPE_CHECKING:
+    from workers.compile.decorator import support_torch_compile
     from workers.compile.model import CompiledModel, CompileReport, compile_model
     from workers.compile.plan import Plan
     from workers.compile.stitch import PieceInfo
@@ -37,6 +37,7 @@ _HOME = {
     "PieceStore": "workers.compile.store",
     "Plan": "workers.compile.plan",
     "compile_model": "workers.compile.model",
+    "support_torch_compile": "workers.compile.decorator",
 }
 
 

@@ -23,6 +23,7 @@ from workers.compile.specialize import specialize
 from workers.compile.split import Region, SplitCall, split
 from workers.compile.store import PieceStore, put_blob
 from workers.compile.trace import TracedModel, trace
+from workers.compile.weights import tensor_spec
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +132,16 @@ class _Planner:
     def _step(self, part: Region | SplitCall, graphs: dict[str, fx.GraphModule]) -> PieceStep | OpStep:
         if isinstance(part, SplitCall):
             args = [self._value(arg) for arg in part.node.args]
-            return OpStep(part.op, args, {key: self._value(arg) for key, arg in part.node.kwargs.items()})
+            kwargs = {key: self._value(arg) for key, arg in part.node.kwargs.items()}
+            return OpStep(part.op, args, kwargs, self._new_name(part.node) if part.node.users else None)
         key = piece_key(part.graph)
         graphs.setdefault(key, part.graph)
         args = [self._value(node) for node in part.inputs]
-        for node in part.outputs:
-            self._names[node] = f"v{len(self._names)}"
-        return PieceStep(key, args, [self._names[node] for node in part.outputs])
+        return PieceStep(key, args, [self._new_name(node) for node in part.outputs])
+
+    def _new_name(self, node: fx.Node) -> str:
+        name = self._names[node] = f"v{len(self._names)}"
+        return name
 
     def _value(self, value: Any) -> Value:
         if isinstance(value, fx.Node):
@@ -157,8 +161,3 @@ class _Planner:
 
     def _weight(self, node: fx.Node, name: str) -> TensorSpec:
         return tensor_spec(name, node.meta["example_value"])
-
-
-def tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
-    """A weight's shape, dtype and layout, as data."""
-    return TensorSpec(name, str(tensor.dtype), tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride())))

@@ -27,13 +27,12 @@ def compiler_activity() -> dict[str, int]:
     """What PyTorch's own compilers have done in this process, by their own counters; zero where not even imported.
 
     Returns:
-        ``dynamo_frames``, ``inductor_graphs`` (lowered by Inductor), ``triton_compilations``.
+        ``dynamo_graphs`` traced, ``aot_graphs`` that AOTAutograd dealt with, ``inductor_graphs`` lowered to code.
     """
-    activity = {"dynamo_frames": 0, "inductor_graphs": 0, "triton_compilations": 0}
+    activity = {"dynamo_graphs": 0, "aot_graphs": 0, "inductor_graphs": 0}
     dynamo = sys.modules.get("torch._dynamo.utils")
     if dynamo is not None:
-        activity["dynamo_frames"] = int(dynamo.counters["stats"]["unique_graphs"])
-    metrics = sys.modules.get("torch._inductor.metrics")
-    if metrics is not None:
-        activity["inductor_graphs"] = int(metrics.generated_kernel_count + metrics.generated_cpp_vec_kernel_count)
+        activity["dynamo_graphs"] = int(dynamo.counters["stats"]["unique_graphs"])
+        activity["aot_graphs"] = int(dynamo.counters["aot_autograd"]["total"])
+        activity["inductor_graphs"] = len(dynamo.compilation_time_metrics.get("GraphLowering.run", ()))
     return activity

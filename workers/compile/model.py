@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,15 +18,16 @@ from torch import nn
 from workers.compile.counters import CompileCounters
 from workers.compile.decorator import dynamic_arg_dims
 from workers.compile.environment import environment_factors
+from workers.compile.formats.base import make_format
+from workers.compile.passes.manager import PassManager
 from workers.compile.passes.standard import standard_passes
 from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
 from workers.compile.stitch import WrapPiece
 from workers.compile.store import MemoryPieceStore, PieceStore
+from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
 from workers.modes import CompilationMode
-
-logger = logging.getLogger(__name__)
 
 #: Ops that stay outside of pieces if the caller names none.
 ATTENTION_OPS = ("warmgraph::attention",)
@@ -38,18 +38,18 @@ class CompileReport:
     """What compiling, or loading, came to.
 
     Attributes:
-        is_warm: Whether everything came from the store.
         seconds: From the call of :func:`compile_model` to its return.
+        is_warm: Whether everything came from the store.
         piece_format: None where there are no pieces.
     """
 
     mode: CompilationMode
-    is_warm: bool
     seconds: float
-    piece_format: str | None
-    num_pieces: int
-    num_unique_pieces: int
-    passes: Mapping[str, int]
+    is_warm: bool = False
+    piece_format: str | None = None
+    num_pieces: int = 0
+    num_unique_pieces: int = 0
+    passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class CompiledModel:
@@ -103,67 +103,118 @@ def compile_model(
         CompileError: The class is not decorated, a config entry is wrong, or the model does not trace.
     """
     started = time.perf_counter()
-    mode = CompilationMode.NONE if enforce_eager else config.resolved_mode(next(model.parameters()).device.type)
+    device = next(iter(example_args.values())).device
+    mode = CompilationMode.NONE if enforce_eager else config.resolved_mode(device.type)
     counters = CompileCounters()
-
-    def report(plan: Plan | None = None, is_warm: bool = False, piece_format: str | None = None) -> CompileReport:
-        seconds = time.perf_counter() - started
-        calls = plan.piece_calls() if plan is not None else []
-        passes = plan.passes if plan is not None else {}
-        return CompileReport(mode, is_warm, seconds, piece_format, len(calls), len(set(calls)), passes)
-
     if mode is CompilationMode.NONE:
-        return CompiledModel(model, report(), counters)
-    dims = dynamic_arg_dims(model)
-    options = dict(config.inductor_compile_config)
+        return CompiledModel(model, CompileReport(mode, time.perf_counter() - started), counters)
     if mode is not CompilationMode.VLLM_COMPILE:
         from workers.compile.dynamo_model import DynamoModel
 
-        keeps_guards = mode is CompilationMode.STOCK_TORCH_COMPILE
-        call = DynamoModel(model, example_args, dims, keeps_guards=keeps_guards, options=options, counters=counters)
-        return CompiledModel(call, report(), counters)
-
-    store = store if store is not None else MemoryPieceStore()
-    device = next(iter(example_args.values())).device
-    piece_format = config.resolved_piece_format(device.type)
-    passes = standard_passes(config.pass_config)
-    all_factors = environment_factors(device) | {
-        "model": dict(factors or {}),
-        "dynamic_dims": dims,
-        "splitting_ops": list(splitting_ops),
-        "passes": passes.uuids(),
-        "inductor": options,
-    }
-    sizes = [None, *sorted(set(config.compile_sizes))]
-    name = plan_name(all_factors)
-    plan = load_plan(store, name)
-    is_warm = plan is not None and all(piece_format in plan.formats(size) for size in sizes)
-    if not is_warm:
-        from workers.compile.compiler import build_pieces, split_model
-        from workers.compile.formats.base import make_format
-
-        cold = split_model(model, example_args, dims, splitting_ops=splitting_ops, passes=passes, factors=all_factors)
-        if plan is not None:
-            for key, record in cold.plan.pieces.items():
-                record.builds = plan.pieces[key].builds if key in plan.pieces else []
-        counters.num_traces += 1
-        counters.num_compiled += build_pieces(cold, make_format(piece_format, options), store, sizes)
-        plan = cold.plan
-        store.put(name, plan.to_json().encode())
-    assert plan is not None
-    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        dynamo = DynamoModel(
+            model,
+            example_args,
+            dynamic_arg_dims(model),
+            keeps_guards=mode is CompilationMode.STOCK_TORCH_COMPILE,
+            options=config.inductor_compile_config,
+            counters=counters,
+        )
+        return CompiledModel(dynamo, CompileReport(mode, time.perf_counter() - started), counters)
+    pieces = PieceCompilation(model, config, example_args, splitting_ops, store or MemoryPieceStore(), factors or {})
+    plan, piece_format, is_warm = pieces.load_or_build(counters)
     piecewise = PiecewiseModel(
-        plan, weights, store, piece_format, options=options, wrap_piece=wrap_piece, counters=counters
+        plan,
+        weight_names(model),
+        pieces.store,
+        piece_format,
+        sizes=config.compile_sizes,
+        options=config.inductor_compile_config,
+        wrap_piece=wrap_piece,
+        counters=counters,
     )
-    return CompiledModel(piecewise, report(plan, is_warm, piece_format), counters, plan)
+    calls = plan.piece_calls()
+    report = CompileReport(
+        mode, time.perf_counter() - started, is_warm, piece_format, len(calls), len(set(calls)), plan.passes
+    )
+    return CompiledModel(piecewise, report, counters, plan)
 
 
-def plan_name(factors: Mapping[str, Any]) -> str:
-    """Name of the plan in the store."""
-    return f"plan-{hashlib.sha256(json.dumps(factors, sort_keys=True).encode()).hexdigest()[:32]}.json"
+class PieceCompilation:
+    """Everything that decides what a model's pieces are, and where they are kept.
 
+    Args:
+        model: See :func:`compile_model`, as for the rest.
+    """
 
-def load_plan(store: PieceStore, name: str) -> Plan | None:
-    """The plan, if the store has it."""
-    data = store.get(name)
-    return None if data is None else Plan.from_json(data)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CompilationConfig,
+        example_args: Mapping[str, torch.Tensor],
+        splitting_ops: Sequence[str],
+        store: PieceStore,
+        factors: Mapping[str, Any],
+    ) -> None:
+        self.store = store
+        self._model = model
+        self._example_args = example_args
+        self._splitting_ops = splitting_ops
+        self._dims = dynamic_arg_dims(model)
+        self._passes: PassManager = standard_passes(config.pass_config)
+        self._options = dict(config.inductor_compile_config)
+        self._sizes: list[int | None] = [None, *sorted(set(config.compile_sizes))]
+        device = next(iter(example_args.values())).device
+        self._formats = config.piece_formats(device.type)
+        self.factors: dict[str, Any] = environment_factors(device) | {
+            "model": dict(factors),
+            "dynamic_dims": self._dims,
+            "splitting_ops": list(splitting_ops),
+            "passes": self._passes.uuids(),
+            "inductor": self._options,
+        }
+
+    @property
+    def plan_name(self) -> str:
+        """Name of the plan in the store: a digest of the factors."""
+        text = json.dumps(self.factors, sort_keys=True)
+        return f"plan-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+    def stored_plan(self) -> Plan | None:
+        """The plan, if the store has it."""
+        data = self.store.get(self.plan_name)
+        return None if data is None else Plan.from_json(data)
+
+    def load_or_build(self, counters: CompileCounters) -> tuple[Plan, str, bool]:
+        """A plan with a complete set of pieces.
+
+        Returns:
+            The plan, the format to load, and whether it was all there.
+        """
+        plan = self.stored_plan()
+        if plan is not None:
+            for name in self._formats:
+                if all(name in plan.formats(size) for size in self._sizes):
+                    return plan, name, True
+        return self.build(self._formats[-1], counters), self._formats[-1], False
+
+    def build(self, piece_format: str, counters: CompileCounters) -> Plan:
+        """Trace, compile the pieces that the stored plan lacks in this format, and store the plan."""
+        from workers.compile.compiler import build_pieces, split_model
+
+        split = split_model(
+            self._model,
+            self._example_args,
+            self._dims,
+            splitting_ops=self._splitting_ops,
+            passes=self._passes,
+            factors=self.factors,
+        )
+        counters.num_traces += 1
+        # Read after the trace: another process may have added builds meanwhile.
+        stored = self.stored_plan()
+        if stored is not None:
+            for key, record in split.plan.pieces.items():
+                record.builds = stored.pieces[key].builds if key in stored.pieces else []
+        counters.num_compiled += build_pieces(split, make_format(piece_format, self._options), self.store, self._sizes)
+        self.store.put(self.plan_name, split.plan.to_json().encode())
+        return split.plan

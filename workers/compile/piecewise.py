@@ -7,7 +7,7 @@ nothing else. The cold path, in ``workers.compile.compiler``, is imported when i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ import torch
 from workers.compile.counters import CompileCounters
 from workers.compile.errors import PlanMismatchError
 from workers.compile.formats.base import make_format
-from workers.compile.plan import Plan, TensorSpec
+from workers.compile.plan import Plan
 from workers.compile.stitch import LoadedPiece, Runner, WrapPiece, stitch
 from workers.compile.store import PieceStore, get_blob
+from workers.compile.weights import tensor_spec
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class PiecewiseModel:
         weights: The model's parameters and buffers by name.
         store: Where the pieces are.
         piece_format: Which builds to load.
+        sizes: Batch sizes to load builds of their own for.
         options: Inductor options of the format.
         wrap_piece: Called for every piece call, in the order of the pass, for the runner of every size and then for
             those compiled for one size.
@@ -55,14 +57,12 @@ class PiecewiseModel:
         store: PieceStore,
         piece_format: str,
         *,
+        sizes: Iterable[int] = (),
         options: Mapping[str, Any] | None = None,
         wrap_piece: WrapPiece | None = None,
         counters: CompileCounters | None = None,
     ) -> None:
-        if piece_format not in plan.formats():
-            have = ", ".join(plan.formats()) or "none"
-            raise PlanMismatchError(f"The plan has no complete set of {piece_format} pieces; it has {have}.")
-        plan.check_weights({name: _tensor_spec(name, tensor) for name, tensor in weights.items()})
+        plan.check_weights({name: tensor_spec(name, tensor) for name, tensor in weights.items()})
         self.plan = plan
         self.piece_format = piece_format
         self._counters = counters if counters is not None else CompileCounters()
@@ -77,13 +77,15 @@ class PiecewiseModel:
             pieces: dict[str, LoadedPiece] = {}
             for key, record in plan.pieces.items():
                 build = record.find_build(piece_format, size)
-                assert build is not None
+                if build is None:
+                    what = "every size" if size is None else f"size {size}"
+                    raise PlanMismatchError(f"The plan has no {piece_format} build of piece {key} for {what}.")
                 pieces[key] = loader.load(get_blob(store, build.sha256))
                 self._counters.num_loaded += 1
             return stitch(plan, pieces, weights, size=size, wrap_piece=wrap_piece)
 
         self._general = runner(None)
-        self._by_size: dict[int, Callable[..., Any]] = {size: runner(size) for size in plan.sizes(piece_format)}
+        self._by_size: dict[int, Callable[..., Any]] = {size: runner(size) for size in sizes}
 
     def __call__(self, *args: torch.Tensor) -> Any:
         """Run a batch; the dynamic dimensions of all arguments have one size.
@@ -104,7 +106,3 @@ class PiecewiseModel:
                     f" {check.ndim} dimensions, {size} in dimension {check.dim}"
                 )
         return size
-
-
-def _tensor_spec(name: str, tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(name, str(tensor.dtype), tuple(tensor.shape), tensor.stride())

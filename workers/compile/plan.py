@@ -47,11 +47,12 @@ class PieceStep:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OpStep:
-    """Call a split op, ``namespace::name``; its results, if any, are not used."""
+    """Call a split op, ``namespace::name``, and name its result if it is used."""
 
     op: str
     args: list[Value]
     kwargs: dict[str, Value]
+    result: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,12 +126,6 @@ class Plan:
         """Formats in which every piece can be had for this size, in the order of their first build."""
         names = dict.fromkeys(build.format for record in self.pieces.values() for build in record.builds)
         return [name for name in names if all(record.find_build(name, size) for record in self.pieces.values())]
-
-    def sizes(self, piece_format: str) -> list[int]:
-        """Sizes that have a build of their own for every piece in this format."""
-        first = next(iter(self.pieces.values()), None)
-        sizes = [] if first is None else [build.size for build in first.builds if build.format == piece_format]
-        return sorted(size for size in sizes if size is not None and piece_format in self.formats(size))
 
     def check_weights(self, weights: Mapping[str, TensorSpec]) -> None:
         """Compare the live model's weights with those the plan was compiled for.

@@ -55,8 +55,8 @@ def check_shared_cxx_runtime(library: bytes) -> None:
     needed = needed_libraries(library)
     if CXX_RUNTIME not in needed:
         raise UnlinkablePieceError(
-            f"A built piece does not need {CXX_RUNTIME}, so the C++ runtime was linked into it statically and loading it"
-            f" would crash; it needs {', '.join(needed) or 'nothing'}."
+            f"A built piece does not need {CXX_RUNTIME}, so the C++ runtime was linked into it statically and loading"
+            f" it would crash; it needs {', '.join(needed) or 'nothing'}."
         )
 
 

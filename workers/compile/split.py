@@ -66,7 +66,8 @@ def split(graph: fx.Graph, splitting_ops: Collection[str]) -> list[Region | Spli
         Regions and split calls in execution order; empty regions are left out.
 
     Raises:
-        CompileError: The graph holds a tensor constant, which no plan could bind by name.
+        CompileError: The graph holds a tensor constant, which no plan could bind by name, or a split op returns a
+            tuple.
     """
     part_of = _partition(graph, splitting_ops)
     members: dict[int, list[fx.Node]] = {}
@@ -76,6 +77,8 @@ def split(graph: fx.Graph, splitting_ops: Collection[str]) -> list[Region | Spli
     for _, nodes in sorted(members.items()):
         name = op_name(nodes[0])
         if name in splitting_ops:
+            if len(nodes) > 1:
+                raise CompileError(f"{name} returns several tensors, so the graph cannot be split at it.")
             parts.append(SplitCall(name, nodes[0]))
         else:
             parts.append(_region(nodes))

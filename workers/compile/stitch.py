@@ -128,7 +128,8 @@ def source(plan: Plan, takes_list: Sequence[bool] | None = None) -> str:
             num_calls += 1
         else:
             args = ", ".join([*map(_text, step.args), *(f"{key}={_text(arg)}" for key, arg in step.kwargs.items())])
-            lines.append(f"    op{ops[step.op]}({args})")
+            target = f"{step.result} = " if step.result else ""
+            lines.append(f"    {target}op{ops[step.op]}({args})")
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     results = ", ".join(_text(result) for result in plan.results)
@@ -160,12 +161,18 @@ def _names_in(value: Value) -> Iterator[str]:
             yield from _names_in(item)
 
 
+def _values_of(step: PieceStep | OpStep) -> list[Value]:
+    """What a step takes and gives."""
+    if isinstance(step, PieceStep):
+        return [*step.args, *step.results]
+    return [*step.args, *step.kwargs.values(), *([step.result] if step.result else [])]
+
+
 def _dead_after(plan: Plan) -> list[list[str]]:
     """Results that nobody needs after each step, so that their memory is free for the next one."""
     last_use: dict[str, int] = {}
     for index, step in enumerate(plan.steps):
-        values = [*step.args, *(step.kwargs.values() if isinstance(step, OpStep) else step.results)]
-        for value in values:
+        for value in _values_of(step):
             last_use.update((name, index) for name in _names_in(value))
     for result in plan.results:
         last_use.update((name, len(plan.steps)) for name in _names_in(result))

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from workers.compile import torch_compat
 from workers.compile.errors import CompileError, GraphBreakError
+from workers.compile.weights import weight_names
 
 
 @dataclasses.dataclass(slots=True)
@@ -36,11 +37,6 @@ class TracedModel:
     weights: dict[fx.Node, str]
     returns_tuple: bool
     seconds: float
-
-
-def weight_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name; one that is known under two names appears under both."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def fresh_forward(model: nn.Module) -> Callable[..., Any]:

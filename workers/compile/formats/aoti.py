@@ -46,7 +46,7 @@ class AOTInductorFormat(PieceFormat):
 
         torch_compat.prepare_inductor()
         import torch._inductor
-        from torch._inductor.package import package_aoti
+        from torch._inductor.package.package import package_aoti
 
         inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
         compiler = os.environ.get("CXX", "g++")
