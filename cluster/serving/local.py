@@ -6,6 +6,7 @@ Knows the order of a start and nothing about what is deployed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import signal
 import threading
@@ -33,13 +34,18 @@ def running_deployment(config: DeploymentConfig, on_phase: PhaseListener) -> Ite
     apply_process_environment()
     on_phase("starting Ray")
     import ray
+
+    # Ray's processes take seconds to come up and Serve's imports one: let them overlap.
+    imports = threading.Thread(target=importlib.import_module, args=("cluster.serving.application",))
+    imports.start()
+    address = ray_address()
+    local: dict[str, Any] = {} if address else {"include_dashboard": False, "_temp_dir": ray_temp_dir()}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+    imports.join()
     from ray import serve
 
     from cluster.serving.application import build
 
-    address = ray_address()
-    local: dict[str, Any] = {} if address else {"include_dashboard": False, "_temp_dir": ray_temp_dir()}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
     try:
         on_phase("starting Serve")
         serve.start(http_options={"host": config.http.host, "port": config.http.port}, logging_config=_quiet())

@@ -1,0 +1,123 @@
+"""The offline front: its shape is vLLM's, its mistakes are answered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model_fixtures import write_tiny_gguf
+from workers import LLM, SamplingParams
+from workers.checkpoint.convert import convert_gguf
+from workers.errors import ConfigError, InvalidRequestError, ModelError, PromptTooLongError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "model").mkdir()
+    convert_gguf(write_tiny_gguf(root / "tiny.gguf"), root / "model")
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(str(folder), dtype="float32", device="cpu", max_num_seqs=8)
+
+
+def texts(llm: LLM, prompts: Any, params: Any) -> list[str]:
+    return [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def test_prompts_as_text_and_as_token_ids_agree(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    ids = llm.get_tokenizer().encode("hello world")
+    forms = ["hello world", {"prompt": "hello world"}, {"prompt_token_ids": ids}]
+    assert len(set(texts(llm, forms, params))) == 1
+    assert texts(llm, "hello world", params) == texts(llm, ["hello world"], params)
+
+
+def test_n_completions_are_numbered_and_seeded(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=1.5, seed=11, max_tokens=12, ignore_eos=True)
+    first, second = (llm.generate("hello", params, use_tqdm=False)[0] for _ in range(2))
+    assert [output.index for output in first.outputs] == [0, 1, 2]
+    assert [output.token_ids for output in first.outputs] == [output.token_ids for output in second.outputs]
+    assert len({tuple(output.token_ids) for output in first.outputs}) == 3
+
+
+def test_a_seeded_request_does_not_depend_on_its_batch(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.2, seed=5, max_tokens=16, ignore_eos=True)
+    (alone,) = texts(llm, ["hello"], params)
+    others = [SamplingParams(temperature=1.0, max_tokens=10 + i, ignore_eos=True) for i in range(5)]
+    crowd = texts(llm, ["a", "bb", "hello", "ccc", "dd", "e"], [*others[:2], params, *others[2:]])
+    assert crowd[2] == alone
+
+
+def test_logprobs_and_their_sum(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+    (output,) = llm.generate(["hello world"], params, use_tqdm=False)
+    completion = output.outputs[0]
+    assert completion.logprobs is not None
+    assert completion.cumulative_logprob is not None
+    chosen = [position[token] for position, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+    assert [entry.rank for entry in chosen] == [1] * 5
+    assert sum(entry.logprob for entry in chosen) == pytest.approx(completion.cumulative_logprob)
+    assert all(len(position) == 3 for position in completion.logprobs)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+
+
+def test_stop_strings_cut_the_text(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    (whole,) = texts(llm, ["hello"], params)
+    stop = whole[6:9]
+    stopped = llm.generate(
+        "hello", SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=[stop]), use_tqdm=False
+    )
+    completion = stopped[0].outputs[0]
+    assert completion.text == whole[: whole.index(stop)]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert llm.engine.stats().scheduler.num_free_blocks == llm.engine.stats().scheduler.num_total_blocks
+
+
+def test_max_tokens_of_none_goes_to_the_end_of_the_context(llm: LLM) -> None:
+    (output,) = llm.generate("hello", SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True), use_tqdm=False)
+    assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == llm.engine.max_model_len
+    assert output.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "words"),
+    [
+        ({"prompt_token_ids": []}, {}, InvalidRequestError, "prompt is empty"),
+        ({"prompt_token_ids": [1] * 256}, {}, PromptTooLongError, "the context holds 256"),
+        ({"prompt_token_ids": [99999]}, {}, InvalidRequestError, "must be between 0 and"),
+        ({"text": "x"}, {}, InvalidRequestError, r"got the keys \['text'\]"),
+        ("hello", {"logit_bias": {99999: 1.0}}, InvalidRequestError, "logit_bias holds token id 99999"),
+    ],
+)
+def test_a_wrong_request_is_named_and_leaves_nothing_behind(
+    llm: LLM, prompt: Any, params: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        llm.generate(["hello", prompt], SamplingParams(**params), use_tqdm=False)
+    assert not llm.engine.has_unfinished
+    assert len(texts(llm, ["hello"], SamplingParams(temperature=0.0, max_tokens=2))) == 1
+
+
+def test_options_are_checked(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
+        LLM(str(folder), max_num_seq=4)
+    with pytest.raises(ConfigError, match="exceeds the 256 positions"):
+        LLM(str(folder), max_model_len=4096)
+    with pytest.raises(ConfigError, match="lower max_model_len"):
+        LLM(str(folder), device="cpu", dtype="float32", kv_cache_memory_bytes=1000)
+    with pytest.raises(ModelError, match="There is no model 'nonesuch'"):
+        LLM("nonesuch")
+
+
+def test_one_set_of_params_per_prompt(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="got 1 for 2 prompts"):
+        llm.generate(["a", "b"], [SamplingParams()], use_tqdm=False)
