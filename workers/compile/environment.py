@@ -5,6 +5,7 @@ Everything is listed on purpose; what is not here is not part of a key. No paths
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -60,6 +61,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _source_digest() -> str:
     root = Path(__file__).parents[2]
     hashed = hashlib.sha256()

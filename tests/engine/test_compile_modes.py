@@ -1,0 +1,134 @@
+"""Every mode gives eager's results for random batches, one token included, and compiles once."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+import torch
+
+from tests.compile_cases import (
+    MixingModel,
+    assert_equals_eager,
+    compile_decoder,
+    compile_mixing,
+    mixing_inputs,
+    tiny_decoder,
+)
+from tests.tiny_models import ARCHITECTURE_NAMES, NAMES
+from workers.compile.errors import RecompileError
+from workers.compile.model import compile_model
+from workers.compile.store import MemoryPieceStore
+from workers.config import CompilationConfig
+from workers.graphs.context import ForwardContext, set_forward_context
+from workers.kernels import cpu_ops, reference
+from workers.model import decoder
+from workers.modes import CompilationMode
+
+# Inductor's own imports and pickles use what PyTorch has deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_equal_eager_cold_and_warm(name: str) -> None:
+    store, model = MemoryPieceStore(), tiny_decoder(name)
+    for is_warm in (False, True):
+        compiled = compile_decoder(model, store=store, mode="VLLM_COMPILE", piece_format="fx", compile_sizes=[1, 5])
+        assert compiled.report.is_warm is is_warm
+        assert_equals_eager(model, compiled, seed=NAMES.index(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, "DYNAMO_TRACE_ONCE") for name in NAMES),
+        *((name, "STOCK_TORCH_COMPILE") for name in ARCHITECTURE_NAMES),
+    ],
+)
+def test_whole_graphs_equal_eager(name: str, mode: str) -> None:
+    model = tiny_decoder(name)
+    compiled = compile_decoder(model, mode=mode)
+    for seed in range(2):
+        assert_equals_eager(model, compiled, seed)
+    assert (compiled.counters.num_traces, compiled.counters.num_recompiles_refused) == (1, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inductor_pieces_equal_eager_cold_and_warm(name: str) -> None:
+    store, model = MemoryPieceStore(), tiny_decoder(name)
+    for is_warm in (False, True):
+        compiled = compile_decoder(model, store=store, mode="VLLM_COMPILE", piece_format="standalone")
+        assert compiled.report.is_warm is is_warm
+        assert_equals_eager(model, compiled)
+
+
+def test_fused_pieces_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the native kernels Inductor sees every operation, as on a GPU, and fuses them."""
+    monkeypatch.setattr(cpu_ops, "is_available", lambda: False)
+    for function in ("rms_norm", "add_rms_norm", "silu_and_mul", "apply_rope"):
+        monkeypatch.setattr(decoder, function, getattr(reference, function))
+    monkeypatch.setattr(decoder, "embedding", torch.nn.functional.embedding)
+    model = tiny_decoder.__wrapped__("qwen3")
+    compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="standalone")
+    assert compiled.plan is not None
+    assert not any("warmgraph" in op for piece in compiled.plan.pieces.values() for op in piece.ops)
+    assert_equals_eager(model, compiled)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 6])
+def test_pieces_for_one_size_equal_eager(num_tokens: int) -> None:
+    model = MixingModel(2)
+    compiled = compile_mixing(model, piece_format="standalone", compile_sizes=[1, 4])
+    x_TE = mixing_inputs(num_tokens)
+    torch.testing.assert_close(compiled(x_TE), model(x_TE), atol=1e-5, rtol=1e-5)
+
+
+def test_modes_have_two_names_and_numbers() -> None:
+    for value in ("vllm_compile", "PIECEWISE_COMPILE", 3):
+        assert CompilationConfig(mode=value).mode is CompilationMode.VLLM_COMPILE
+
+
+def test_enforce_eager_wins() -> None:
+    model = MixingModel(2)
+    config = CompilationConfig(mode="VLLM_COMPILE", piece_format="fx")
+    compiled = compile_model(model, config, {"x_TE": mixing_inputs()}, enforce_eager=True)
+    assert compiled.mode is CompilationMode.NONE
+    torch.testing.assert_close(compiled(mixing_inputs()), model(mixing_inputs()))
+
+
+@torch.inference_mode()
+def test_a_recompile_is_an_error_that_names_the_line_and_the_guard(caplog: pytest.LogCaptureFixture) -> None:
+    model = MixingModel(2)
+    compiled = compile_mixing(model, mode="STOCK_TORCH_COMPILE")
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(RecompileError, match=r"compile_cases\.py:\d+ \(MixingModel.forward\)"),
+    ):
+        compiled(mixing_inputs().double())
+    assert "dtype mismatch" in caplog.text
+    assert compiled.counters.num_recompiles_refused == 1
+    for num_tokens in random.Random(0).sample(range(1, 40), 12):
+        x_TE = mixing_inputs(num_tokens, seed=num_tokens)
+        torch.testing.assert_close(compiled(x_TE), model(x_TE), atol=1e-5, rtol=1e-5)
+    assert compiled.counters.num_traces == 1
+
+
+@torch.inference_mode()
+def test_trace_once_has_no_guards_to_fail() -> None:
+    model = MixingModel(2)
+    compiled = compile_mixing(model, mode="DYNAMO_TRACE_ONCE")
+    for module in model.modules():
+        module.training = not module.training  # a guard of the stock mode
+    x_TE = mixing_inputs(9)
+    torch.testing.assert_close(compiled(x_TE), model(x_TE), atol=1e-5, rtol=1e-5)
+    assert compiled.counters.num_traces == 1
+
+
+def test_tracing_leaves_the_forward_context_alone() -> None:
+    context = ForwardContext(None, None, ())
+    with set_forward_context(context):
+        compile_mixing(MixingModel(1))

@@ -1,0 +1,229 @@
+"""Tracing, splitting and stitching: how many pieces there are, what they take, and that they line up."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.compile_cases import (
+    HIDDEN,
+    MIXING_OPS,
+    MixingModel,
+    compile_decoder,
+    compile_mixing,
+    define_mixing_op,
+    mixing_inputs,
+    tiny_decoder,
+)
+from workers.compile import PieceInfo, compile_model, support_torch_compile
+from workers.compile.compiler import SplitModel, split_model
+from workers.compile.errors import CompileError, DamagedPieceError, GraphBreakError, PlanMismatchError
+from workers.compile.passes.standard import standard_passes
+from workers.compile.plan import OpStep, PieceStep, Plan
+from workers.compile.stitch import source
+from workers.compile.store import MemoryPieceStore
+from workers.config import CompilationConfig
+
+
+def split_mixing(num_layers: int, **switches: bool) -> SplitModel:
+    passes = standard_passes(switches)
+    return split_model(
+        MixingModel(num_layers),
+        {"x_TE": mixing_inputs()},
+        {"x_TE": 0},
+        splitting_ops=MIXING_OPS,
+        passes=passes,
+        factors={},
+    )
+
+
+def test_the_number_of_pieces_does_not_depend_on_depth() -> None:
+    shallow, deep = split_mixing(3), split_mixing(9)
+    assert list(shallow.graphs) == list(deep.graphs)
+    assert len(deep.graphs) == 3
+    assert [deep.plan.piece_calls().count(key) for key in deep.graphs] == [1, 8, 1]
+
+
+def test_a_plan_holds_what_differs_between_layers() -> None:
+    plan = split_mixing(3).plan
+    assert [step.args[-1] for step in plan.steps if isinstance(step, OpStep)] == [
+        {"const": layer} for layer in range(3)
+    ]
+    middle = [step for step in plan.steps if isinstance(step, PieceStep)][1:3]
+    names = [{plan.weights[int(arg[1:])].name for arg in step.args if str(arg).startswith("w")} for step in middle]
+    assert names == [{f"layers.{layer}.linear.weight", f"layers.{layer}.linear.bias"} for layer in (1, 2)]
+    assert plan.arguments[0].shape == ("n0", HIDDEN)
+
+
+def test_pieces_take_tensors_only() -> None:
+    for graph in split_mixing(3).graphs.values():
+        assert all(isinstance(n.meta["example_value"], torch.Tensor) for n in graph.graph.find_nodes(op="placeholder"))
+
+
+def test_results_are_freed_when_they_are_no_longer_needed() -> None:
+    text = source(split_mixing(3).plan)
+    created = set(re.findall(r"\bv\d+\b", text))
+    freed = {name for line in text.splitlines() if "del " in line for name in re.findall(r"v\d+", line)}
+    returned = set(re.findall(r"v\d+", text.splitlines()[-1]))
+    assert created == freed | returned
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 7])
+def test_stitched_pieces_give_the_models_result(num_tokens: int) -> None:
+    model = MixingModel(3)
+    compiled = compile_mixing(model, compile_sizes=[4])
+    x_TE = mixing_inputs(num_tokens, seed=num_tokens)
+    torch.testing.assert_close(compiled(x_TE), model(x_TE), atol=0, rtol=0)
+
+
+def test_each_piece_call_is_wrapped_in_order() -> None:
+    infos: list[PieceInfo] = []
+    calls: list[PieceInfo] = []
+
+    def wrap(piece: Callable[..., Any], info: PieceInfo) -> Callable[..., Any]:
+        infos.append(info)
+
+        def wrapped(*args: torch.Tensor) -> Any:
+            calls.append(info)
+            return piece(*args)
+
+        return wrapped
+
+    model = MixingModel(3)
+    compiled = compile_mixing(model, wrap_piece=wrap, compile_sizes=[2])
+    assert [(info.index, info.size) for info in infos] == [(index, size) for size in (None, 2) for index in range(4)]
+    assert [info.is_first for info in infos[:4]] == [True, False, False, False]
+    assert [info.is_last for info in infos[:4]] == [False, False, False, True]
+    assert infos[1].key == infos[2].key != infos[0].key
+    for num_tokens, expected in ((3, infos[:4]), (2, infos[4:])):
+        calls.clear()
+        x_TE = mixing_inputs(num_tokens)
+        torch.testing.assert_close(compiled(x_TE), model(x_TE))
+        assert calls == expected
+
+
+def test_the_decoders_pieces_and_ops_are_counted() -> None:
+    compiled = compile_decoder(tiny_decoder("qwen3"), mode="VLLM_COMPILE", piece_format="fx")
+    assert compiled.plan is not None
+    assert (compiled.report.num_pieces, compiled.report.num_unique_pieces) == (4, 3)
+    first, middle, last = compiled.plan.pieces.values()
+    assert middle.ops["warmgraph::packed_linear"] == 4
+    assert middle.ops["warmgraph::apply_rope"] == 1
+    assert "warmgraph::apply_rope" in first.ops
+    assert "warmgraph::apply_rope" not in last.ops
+
+
+@support_torch_compile
+class _Breaks(nn.Module):
+    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        if x_TE.sum() > 0:  # the line that breaks
+            return x_TE
+        return x_TE + 1
+
+
+@pytest.mark.parametrize("mode", ["STOCK_TORCH_COMPILE", "DYNAMO_TRACE_ONCE", "VLLM_COMPILE"])
+def test_a_graph_break_names_its_line(mode: str) -> None:
+    with pytest.raises(GraphBreakError, match=r"test_compile_pieces\.py:\d+ \(if x_TE\.sum\(\) > 0:"):
+        compile_model(_Breaks(), CompilationConfig(mode=mode), {"x_TE": mixing_inputs()})
+
+
+@support_torch_compile
+class _Odd(nn.Module):
+    """Two results, an op with a result at the cut, and a buffer that is an input twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        define_mixing_op()
+        self.register_buffer("shift", torch.arange(HIDDEN).float())
+
+    def forward(self, x_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left_TE, right_TE = (x_TE * self.shift).chunk(2, dim=-1)
+        cube_TE = torch.ops.test_compile.cube(left_TE + right_TE)
+        return cube_TE.relu() + self.shift[: HIDDEN // 2], right_TE + 1
+
+
+def test_split_ops_may_have_results_and_models_several() -> None:
+    model = _Odd()
+    config = CompilationConfig(mode="VLLM_COMPILE", piece_format="fx")
+    ops = ("test_compile::cube",)
+    compiled = compile_model(model, config, {"x_TE": mixing_inputs()}, splitting_ops=ops)
+    assert compiled.report.num_pieces == 2
+    for num_tokens in (1, 5):
+        x_TE = mixing_inputs(num_tokens)
+        torch.testing.assert_close(compiled(x_TE), model(x_TE))
+
+
+@support_torch_compile
+class _HasConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = [torch.ones(HIDDEN)]
+
+    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        return x_TE + self.table[0]
+
+
+def test_a_tensor_that_is_no_weight_is_refused() -> None:
+    config = CompilationConfig(mode="VLLM_COMPILE", piece_format="fx")
+    with pytest.raises(CompileError, match="register it as a buffer"):
+        compile_model(_HasConstant(), config, {"x_TE": mixing_inputs()})
+
+
+def test_arguments_that_were_not_compiled_for_are_refused() -> None:
+    compiled = compile_mixing(MixingModel(2))
+    with pytest.raises(ValueError, match=r"x_TE is torch\.float64 \(4, 8\); the model was compiled for torch\.float32"):
+        compiled(mixing_inputs().double())
+    with pytest.raises(ValueError, match="with 2 dimensions"):
+        compiled(mixing_inputs()[None])
+
+
+def test_a_second_process_finds_everything_in_the_store() -> None:
+    store, model = MemoryPieceStore(), MixingModel(2)
+    cold = compile_mixing(model, store=store)
+    warm = compile_mixing(MixingModel(2, seed=1), store=store)
+    assert (cold.report.is_warm, warm.report.is_warm) == (False, True)
+    assert (cold.counters.num_traces, cold.counters.num_compiled) == (1, 3)
+    assert (warm.counters.num_traces, warm.counters.num_compiled, warm.counters.num_loaded) == (0, 0, 3)
+    x_TE = mixing_inputs()
+    torch.testing.assert_close(warm(x_TE), MixingModel(2, seed=1)(x_TE))
+
+
+def test_what_compiled_code_depends_on_is_part_of_the_key() -> None:
+    store, model = MemoryPieceStore(), MixingModel(2)
+    compile_mixing(model, store=store)
+    for changed in ({"pass_config": {"noop_elimination": False}}, {"inductor_compile_config": {"shape_padding": True}}):
+        assert not compile_mixing(model, store=store, **changed).report.is_warm
+    # Sizes add builds to the plan.
+    assert not compile_mixing(model, store=store, compile_sizes=[4]).report.is_warm
+    assert compile_mixing(model, store=store, compile_sizes=[4]).report.is_warm
+    assert compile_mixing(model, store=store).report.is_warm
+
+
+def plan_in(store: MemoryPieceStore) -> tuple[str, Plan]:
+    name = next(name for name in store._data if name.startswith("plan-"))
+    return name, Plan.from_json(store._data[name])
+
+
+def test_a_damaged_piece_is_not_run() -> None:
+    store = MemoryPieceStore()
+    compile_mixing(MixingModel(2), store=store)
+    _, plan = plan_in(store)
+    blob = next(iter(plan.pieces.values())).builds[0].sha256
+    store.put(blob, json.dumps({"code": "raise SystemExit"}).encode())
+    with pytest.raises(DamagedPieceError):
+        compile_mixing(MixingModel(2), store=store)
+
+
+def test_a_plan_for_other_weights_is_not_run() -> None:
+    store = MemoryPieceStore()
+    compile_mixing(MixingModel(2), store=store)
+    model = MixingModel(2)
+    model.layers[1].linear.weight = nn.Parameter(model.layers[1].linear.weight.t().contiguous().t(), False)
+    with pytest.raises(PlanMismatchError, match=r"layers\.1\.linear\.weight has stride \[1, 8\], not \[8, 1\]"):
+        compile_mixing(model, store=store)
