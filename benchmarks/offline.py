@@ -1,4 +1,4 @@
-"""Decode step, time to first token and throughput through the offline ``LLM`` front; a rival runs by swapping the import.
+"""Decode step and time to first token through the offline ``LLM`` front; a rival runs by swapping the import.
 
     python -m benchmarks.offline --engine warmgraph --shape llama-1b --batch 1 8 32
     python -m benchmarks.offline --engine vllm --shape llama-1b --batch 1 8 32
@@ -84,7 +84,7 @@ def _measure(llm: Any, params_class: Any, args: argparse.Namespace, batch: int) 
         "ttft_ms": round(statistics.median(short for short, _ in pairs) * 1e3, 2),
         "tokens_per_s": round(batch / step_ms * 1e3),
     }
-    print(f"{args.engine:10} {args.shape:12} batch {batch:4}  step {step_ms:8.3f} ms  ttft {row['ttft_ms']:8.2f} ms", flush=True)
+    print(f"{args.engine} {args.shape} batch {batch}: step {step_ms:.3f} ms, ttft {row['ttft_ms']} ms", flush=True)
     return row
 
 
