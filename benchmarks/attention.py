@@ -36,10 +36,10 @@ from triton.errors import TritonError
 
 from workers.attention.base import AttentionSpec, BatchGeometry
 from workers.attention.triton_kernels.tuning import (
+    UNLIMITED,
     DecodeTile,
     PrefillTile,
     SplitPlan,
-    SplitPolicy,
     default_decode_tile,
     default_prefill_tile,
 )
@@ -56,20 +56,20 @@ SHAPES = {"1b": (32, 8, 64), "8b": (32, 8, 128), "d96": (32, 8, 96), "d256": (16
 BLOCK_SIZES = (16, 32, 64, 128)
 #: (batch, context)
 LOADS = ((256, 256), (64, 1024), (16, 4096), (8, 256), (1, 256), (1, 8192))
-DECODE_TILES = {
+DECODE_TILES: dict[str, list[Any]] = {
     "1b": [
         *[(16, 1, 6), (32, 1, 5), (32, 2, 4), (32, 4, 5), (64, 2, 4), (64, 4, 3), (64, 4, 4), (64, 4, 5)],
-        *[(64, 8, 4), (128, 4, 3), (128, 8, 3)],
+        *[(64, 8, 4), (128, 4, 3), (128, 8, 3), (64, 4, 3, 96), (64, 4, 4, 0), (32, 2, 4, 96)],
     ],
     "8b": [
         *[(16, 1, 6), (16, 2, 6), (32, 2, 4), (32, 4, 3), (32, 4, 4), (32, 4, 5), (64, 4, 3), (64, 4, 4)],
-        *[(64, 8, 3), (128, 8, 2)],
+        *[(64, 8, 3), (128, 8, 2), (32, 4, 4, 96), (32, 4, 4, 0), (32, 2, 4, 96)],
     ],
     "d96": [(16, 2, 5), (32, 4, 3), (32, 4, 4), (64, 4, 3)],
     "d256": [(16, 2, 4), (16, 4, 4), (16, 4, 6), (32, 4, 3), (32, 8, 3)],
     "mha64": [(32, 2, 4), (64, 4, 3), (64, 4, 4)],
 }
-PREFILL_TILES = {
+PREFILL_TILES: dict[str, list[tuple[int, int, int, int]]] = {
     "1b": [
         *[(64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 2)],
         *[(128, 128, 8, 3), (256, 64, 8, 3)],
@@ -89,31 +89,19 @@ class Variant:
     block_size: int
     decode_tile: DecodeTile
     prefill_tile: PrefillTile
-    fused_merge: bool = True
 
     def backend(self, device: torch.device) -> TritonPagedAttention:
         heads, kv_heads, head_dim = SHAPES[self.shape]
         spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, self.block_size, torch.bfloat16)
-        policy = SplitPolicy(fused_merge=self.fused_merge)
-        return TritonPagedAttention(
-            spec, device, decode_tile=self.decode_tile, prefill_tile=self.prefill_tile, splits=policy
-        )
+        return TritonPagedAttention(spec, device, decode_tile=self.decode_tile, prefill_tile=self.prefill_tile)
 
 
 def variant(
-    shape: str,
-    block_size: int = 16,
-    decode: DecodeTile | None = None,
-    prefill: PrefillTile | None = None,
-    fused_merge: bool = True,
+    shape: str, block_size: int = 16, decode: DecodeTile | None = None, prefill: PrefillTile | None = None
 ) -> Variant:
     head_dim = SHAPES[shape][2]
     return Variant(
-        shape,
-        block_size,
-        decode or default_decode_tile(head_dim),
-        prefill or default_prefill_tile(head_dim),
-        fused_merge,
+        shape, block_size, decode or default_decode_tile(head_dim), prefill or default_prefill_tile(head_dim)
     )
 
 
@@ -181,10 +169,6 @@ def head_variants() -> list[Variant]:
     return [variant(s, b, DecodeTile(*t)) for s in ("d96", "d256", "mha64") for b in (16, 64) for t in DECODE_TILES[s]]
 
 
-def split_variants() -> list[Variant]:
-    return [variant(s, fused_merge=fused) for s in ("1b", "8b") for fused in (True, False)]
-
-
 def overlap_variants() -> list[Variant]:
     tile = default_decode_tile(64)
     return [variant("1b", decode=dataclasses.replace(tile, overlap_launch=overlap)) for overlap in (False, True)]
@@ -202,7 +186,7 @@ def default_variants() -> list[Variant]:
 
 VARIANTS: dict[str, Callable[[], list[Variant]]] = {
     "tiles": tile_variants,
-    "splits": split_variants,
+    "splits": default_variants,
     "prefill": prefill_variants,
     "host": default_variants,
     "overlap": overlap_variants,
@@ -323,8 +307,9 @@ def run_decode(
 
 
 def tile_name(tile: DecodeTile | PrefillTile) -> str:
-    values = dataclasses.astuple(tile)
-    return "x".join(str(int(value)) for value in values[: 4 if isinstance(tile, PrefillTile) else 3])
+    if isinstance(tile, PrefillTile):
+        return "x".join(map(str, dataclasses.astuple(tile)))
+    return f"{tile.block_n}x{tile.num_warps}x{tile.num_stages}r{tile.max_registers}"
 
 
 def run_tiles(bench: Bench, section: str) -> None:
@@ -344,40 +329,39 @@ def run_tiles(bench: Bench, section: str) -> None:
 
 
 def run_splits(bench: Bench, section: str) -> None:
-    loads = [(1, 256), (1, 1024), (1, 8192), (8, 256), (8, 2048), (32, 256), (32, 2048), (64, 256), (128, 256)]
+    """The policy's choice; then n equal chunks; then one chunk where the grid holds programs that find no work."""
+    loads = [(1, 1), (1, 256), (1, 1024), (1, 8192), (8, 256), (8, 2048), (32, 256), (32, 2048), (64, 256), (128, 256)]
     for one in VARIANTS[section]():
         backend = one.backend(bench.device)
         block_n = one.decode_tile.block_n
         for batch, context in [*loads, (256, 256)]:
-            # As the policy has it; then so many equal chunks; then one chunk on a grid with room for more.
             plans: dict[str, SplitPlan | None] = {"policy": None}
             for n in (1, 2, 4, 8, 16, 32, 64):
                 if n * 8 * batch <= 4096 and n * block_n <= max(context, block_n):
-                    plans[str(n)] = SplitPlan(n, n, block_n, 1 << 30)
-            for n in (4, 16):
-                plans[f"1of{n}"] = SplitPlan(n, 1, 1 << 30, 1 << 30)
+                    plans[str(n)] = SplitPlan(n, 0, block_n, UNLIMITED // n)
+            plans |= {f"1of{n}": SplitPlan(n, 0, UNLIMITED // 2, UNLIMITED // n) for n in (2, 4)}
+            plans |= {f"1+{n}": SplitPlan(1, -(-n // 8), block_n, 1 << 20) for n in (132, 264)}
             for name, plan in plans.items():
                 if bench.is_over:
                     return
                 result = run_decode(bench, backend, [context] * batch, plan)
-                bench.record(
-                    section=section, shape=one.shape, fused=one.fused_merge, load=f"{batch}x{context}", splits=name,
-                    **result,
-                )  # fmt: skip
+                bench.record(section=section, shape=one.shape, load=f"{batch}x{context}", splits=name, **result)
 
 
 def run_skew(bench: Bench, section: str) -> None:
-    """64 requests of 32 to 1024 tokens, without and with one of 32768, by the most tokens that one program reads."""
+    """64 requests of 32 to 1024 tokens, with one of 32768 or not, by longest chunk and number of overflow programs."""
     lens = bench.rng.integers(32, 1024, 64).tolist()
     for one in VARIANTS[section]():
         backend = one.backend(bench.device)
-        for name, batch in (("random", lens), ("one long", [*lens[:-1], 32768])):
-            for max_chunk in (512, 1024, 2048, 4096, 1 << 20):
+        for name, batch in (("random", lens), ("one long", [*lens[:-1], 32768]), ("all 4096", [4096] * 64)):
+            plans: dict[str, SplitPlan | None] = {"policy": None, "whole": SplitPlan(1, 0, 128, UNLIMITED)}
+            for chunk in (512, 1024, 2048):
+                plans |= {f"{chunk}+{n}": SplitPlan(1, -(-n // 8), 128, chunk) for n in (132, 264, 528)}
+            for plan_name, plan in plans.items():
                 if bench.is_over:
                     return
-                splits = min(8, -(-32768 // max_chunk))
-                result = run_decode(bench, backend, batch, SplitPlan(splits, 1, 128, max_chunk))
-                bench.record(section=section, shape=one.shape, load=name, max_chunk=max_chunk, **result)
+                result = run_decode(bench, backend, batch, plan)
+                bench.record(section=section, shape=one.shape, load=name, splits=plan_name, **result)
 
 
 def run_overlap(bench: Bench, section: str) -> None:
@@ -546,10 +530,10 @@ def print_tables(bench: Bench) -> None:
             print(
                 *[f"sdpa {r['shape']}: {r.get('us')} us {r.get('tflops')} TFLOP/s" for r in rows if r["tile"] == "sdpa"]
             )
-        elif section == "splits":
-            for key in dict.fromkeys((r["shape"], r["fused"], r["load"]) for r in rows):
-                cells = [f"{r['splits']}:{r['us']:.1f}" for r in rows if (r["shape"], r["fused"], r["load"]) == key]
-                print(f"{key[0]} {'fused' if key[1] else 'merge'} {key[2]:>8}  " + "  ".join(cells))
+        elif section in ("splits", "skew"):
+            for shape, load in dict.fromkeys((r["shape"], r["load"]) for r in rows):
+                cells = [f"{r['splits']}:{r['us']:.1f}" for r in rows if (r["shape"], r["load"]) == (shape, load)]
+                print(f"{shape} {load:>9}  " + "  ".join(cells))
         else:
             for row in rows:
                 print("  ".join(f"{name}={value}" for name, value in row.items() if name != "section"))

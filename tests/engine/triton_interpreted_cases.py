@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from tests.paged_attention_cases import make_case, run_case
 from workers.attention.base import AttentionSpec
+from workers.attention.triton_kernels import kernel_set
+from workers.attention.triton_kernels.chunks import find_overflow, overflow_before, overflow_work
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPolicy
 from workers.attention.triton_paged import TritonPagedAttention
 
@@ -44,14 +48,14 @@ def make_backend(
     block_m: int = 32,
 ) -> TritonPagedAttention:
     spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, block_size, dtype, window)
-    splits = splits or SplitPolicy(programs_per_sm=1.0, min_chunk=16, max_chunk=64, max_programs=64)
+    splits = splits or SplitPolicy(4.0, min_chunk=16, max_chunk=64, max_programs=64, overflow_chunks=32)
     return TritonPagedAttention(
         spec,
         torch.device("cpu"),
         decode_tile=DecodeTile(block_n, 1, 1),
         prefill_tile=PrefillTile(block_m, block_n, 1, 1),
         splits=splits,
-        num_sms=16,
+        num_sms=4,
     )
 
 
@@ -59,13 +63,14 @@ def check(backend: TritonPagedAttention, seq_lens: list[int], query_lens: list[i
     case = make_case(backend, seq_lens, query_lens, **options)
     run_case(backend, case)
     case.check()
+    assert not backend.kernels._counters.any(), "the next step would count arrivals from here"
 
 
 @pytest.mark.parametrize(
-    ("block_size", "block_n", "fused"), [(8, 16, True), (16, 16, False), (32, 16, True), (16, 32, True)]
+    ("block_size", "block_n", "max_chunk"), [(8, 16, 16), (16, 16, 1024), (32, 16, 32), (16, 32, 32)]
 )
-def test_decode_at_block_and_tile_boundaries(block_size: int, block_n: int, fused: bool) -> None:
-    splits = SplitPolicy(programs_per_sm=6.0, min_chunk=16, max_chunk=32, max_programs=128, fused_merge=fused)
+def test_decode_at_block_and_tile_boundaries(block_size: int, block_n: int, max_chunk: int) -> None:
+    splits = SplitPolicy(6.0, min_chunk=16, max_chunk=max_chunk, max_programs=128, overflow_chunks=64)
     backend = make_backend(2, 1, block_size=block_size, block_n=block_n, splits=splits)
     lengths = [1, 2, 8, 9, 17, 18, 33, 34, 50]
     check(backend, lengths, [1] * len(lengths))
@@ -119,15 +124,20 @@ def test_decodes_inside_a_mixed_batch() -> None:
     check(backend, [50, 1, 20], [1, 1, 1], max_query_len=2)
 
 
+def test_long_decodes_overflow_inside_a_mixed_batch() -> None:
+    backend = make_backend(
+        2, 1, splits=SplitPolicy(0.1, min_chunk=16, max_chunk=16, max_programs=8, overflow_chunks=32)
+    )
+    check(backend, [50, 20, 63, 2, 33], [1, 20, 1, 1, 2], padded_reqs=7, padded_tokens=30)
+
+
 def test_chunked_prefill_reads_cached_context() -> None:
     backend = make_backend(2, 1, block_m=16)
     check(backend, [64, 41, 17, 16], [20, 33, 2, 15])
 
 
 def test_more_requests_than_one_search_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from workers.attention.triton_kernels import kernel_set
-
-    monkeypatch.setattr(kernel_set, "SEARCH_LANES", 4)
+    monkeypatch.setattr(kernel_set, "ROW_TILE", 4)
     backend = make_backend(2, 1)
     check(backend, [3, 1, 9, 20, 2, 6], [3, 1, 2, 2, 2, 4], padded_reqs=9, padded_tokens=20)
 
@@ -143,12 +153,72 @@ def test_random_batches() -> None:
         check(backend, seq_lens.tolist(), query_lens.tolist(), seed=seed)
 
 
-@pytest.mark.parametrize("max_programs", [2, 16])
-def test_a_step_leaves_the_workspace_as_it_found_it(max_programs: int) -> None:
-    backend = make_backend(2, 1, splits=SplitPolicy(4.0, min_chunk=16, max_chunk=16, max_programs=max_programs))
-    case = make_case(backend, [50, 18], [1, 1])
+@pytest.mark.parametrize(
+    "splits",
+    [
+        SplitPolicy(4.0, min_chunk=16, max_chunk=16, max_programs=1),  # never split
+        SplitPolicy(4.0, min_chunk=16, max_chunk=16, max_programs=16),  # split by the grid
+        SplitPolicy(0.1, min_chunk=16, max_chunk=16, max_programs=16, overflow_chunks=16),  # overflow
+        SplitPolicy(0.1, min_chunk=16, max_chunk=16, max_programs=16, overflow_chunks=5),  # chunks grow
+    ],
+)
+@pytest.mark.parametrize("row_tile", [2, 256])
+def test_a_step_leaves_the_workspace_as_it_found_it(
+    splits: SplitPolicy, row_tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_set, "ROW_TILE", row_tile)
+    backend = make_backend(2, 1, splits=splits)
+    case = make_case(backend, [50, 18, 1, 70], [1, 1, 1, 1])
     for _ in range(2):
         case.out_THD.fill_(float("nan"))
         run_case(backend, case)
         case.check()
-    assert not backend.kernels._counters.any()
+        assert not backend.kernels._counters.any()
+
+
+@triton.jit
+def number_overflow(
+    seq_lens_ptr,
+    before_ptr,
+    row_of_item_ptr,
+    summary_ptr,
+    num_rows,
+    num_splits,
+    max_chunk,
+    OVERFLOW_CHUNKS: tl.constexpr,
+):
+    chunk, count = overflow_work(
+        num_rows, num_splits, max_chunk, seq_lens_ptr, seq_lens_ptr, 0, 16, False, OVERFLOW_CHUNKS, 2
+    )
+    tl.store(summary_ptr, chunk)
+    tl.store(summary_ptr + 1, count)
+    for row in range(num_rows):
+        before = overflow_before(
+            row, num_rows, num_splits, max_chunk, chunk, seq_lens_ptr, seq_lens_ptr, 0, 16, False, 2
+        )
+        tl.store(before_ptr + row, before)
+    for item in range(count):
+        row, before = find_overflow(
+            item, num_rows, num_splits, max_chunk, chunk, seq_lens_ptr, seq_lens_ptr, 0, 16, False, 2
+        )
+        tl.store(row_of_item_ptr + item, row * 100 + before)
+
+
+@pytest.mark.parametrize("overflow_chunks", [8, 100])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_overflow_chunks_are_numbered_row_by_row(num_splits: int, overflow_chunks: int) -> None:
+    """Every program that derives these numbers must agree: whoever writes a slot, and whoever reads it."""
+    lengths = [40, 0, 200, 97, 16, 33, 113]  # cached tokens; one more is new
+    seq_lens = torch.tensor([length + 1 for length in lengths], dtype=torch.int32)
+    before, rows, summary = (torch.full((100,), -1, dtype=torch.int32) for _ in range(3))
+    number_overflow[(1,)](seq_lens, before, rows, summary, len(lengths), num_splits, 32, overflow_chunks)
+    chunk, count = summary[:2].tolist()
+    extra = [max(-(-n // chunk) - num_splits, 0) if n > 32 * num_splits else 0 for n in lengths]
+    starts = np.cumsum([0, *extra])
+    assert chunk % 16 == 0
+    assert chunk >= 32
+    assert count == sum(extra) <= overflow_chunks
+    assert chunk == 32 or overflow_chunks == 8, "chunks grow only where slots are scarce"
+    assert before[: len(lengths)].tolist() == starts[:-1].tolist()
+    expected = [row * 100 + int(starts[row]) for row, n in enumerate(extra) for _ in range(n)]
+    assert rows[:count].tolist() == expected

@@ -41,12 +41,17 @@ SHAPES = {
     "multi-query": (32, 1, 64, 16, torch.bfloat16, None),
 }
 
-#: Policies that drive every path: never split, split everything finely, merge in a second launch, overlap launches.
+#: Policies that drive every path: never split, split by the grid, overflow, overflow with chunks that must grow, and
+#: launches that overlap the kernel before them.
 POLICIES: dict[str, tuple[SplitPolicy, DecodeTile | None]] = {
     "whole": (SplitPolicy(programs_per_sm=0.001, max_chunk=1 << 20), None),
     "fine": (SplitPolicy(programs_per_sm=64.0, min_chunk=64, max_chunk=64, max_programs=16384), None),
-    "two-launches": (SplitPolicy(programs_per_sm=16.0, min_chunk=64, max_chunk=256, fused_merge=False), None),
-    "overlap": (SplitPolicy(programs_per_sm=16.0, min_chunk=64, max_chunk=256), DecodeTile(64, 4, 3, True)),
+    "overflow": (SplitPolicy(programs_per_sm=0.001, max_chunk=64, overflow_chunks=4096), None),
+    "scarce": (SplitPolicy(programs_per_sm=1.0, max_chunk=64, overflow_chunks=50), None),
+    "overlap": (
+        SplitPolicy(programs_per_sm=16.0, min_chunk=64, max_chunk=256),
+        DecodeTile(64, 4, 3, overlap_launch=True),
+    ),
 }
 
 
@@ -58,15 +63,19 @@ def make_backend(
     return TritonPagedAttention(spec, CUDA, splits=splits, decode_tile=decode_tile)
 
 
-@pytest.fixture(scope="module")
-def backends() -> dict[str, TritonPagedAttention]:
-    """Every backend of this file, compiled side by side."""
-    from workers.attention.triton_kernels.launch import compile_all
+class Backends(dict[str, TritonPagedAttention]):
+    """By the name of a shape or a policy."""
 
-    made = {shape: make_backend(shape) for shape in SHAPES}
-    made |= {name: make_backend("llama-1b", splits, tile) for name, (splits, tile) in POLICIES.items()}
-    compile_all([launch for backend in made.values() for launch in backend.kernels.launches().values()], 16)
-    return made
+    def __missing__(self, name: str) -> TritonPagedAttention:
+        shape, options = ("llama-1b", POLICIES[name]) if name in POLICIES else (name, (None, None))
+        self[name] = make_backend(shape, *options)
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def backends() -> Backends:
+    """Every backend of this file, made when it is first used."""
+    return Backends()
 
 
 def check(backend: TritonPagedAttention, seq_lens: list[int], query_lens: list[int], **options: Any) -> None:
@@ -85,7 +94,7 @@ def random_batch(rng: np.random.Generator, num_reqs: int, longest: int) -> tuple
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_decode_at_boundaries(backends: dict[str, TritonPagedAttention], shape: str) -> None:
+def test_decode_at_boundaries(backends: Backends, shape: str) -> None:
     lengths = [n for edge in (16, 32, 64, 128, 256) for n in (edge - 1, edge, edge + 1, edge + 2)]
     lengths = [1, 2, 3, *lengths, 1000, 1024, 1025]
     check(backends[shape], lengths, [1] * len(lengths))
@@ -93,7 +102,7 @@ def test_decode_at_boundaries(backends: dict[str, TritonPagedAttention], shape: 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_reqs", [1, 5, 64])
-def test_decode_of_random_lengths(backends: dict[str, TritonPagedAttention], shape: str, num_reqs: int) -> None:
+def test_decode_of_random_lengths(backends: Backends, shape: str, num_reqs: int) -> None:
     rng = np.random.default_rng(num_reqs)
     seq_lens = rng.integers(1, 3000, num_reqs).tolist()
     padded = {"padded_reqs": num_reqs + 3, "padded_tokens": num_reqs + 3, "num_table_columns": 4096 // 16}
@@ -101,7 +110,7 @@ def test_decode_of_random_lengths(backends: dict[str, TritonPagedAttention], sha
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_mixed_batches(backends: dict[str, TritonPagedAttention], shape: str) -> None:
+def test_mixed_batches(backends: Backends, shape: str) -> None:
     rng = np.random.default_rng(11)
     for num_reqs in (1, 2, 17):
         seq_lens, query_lens = random_batch(rng, num_reqs, 1500)
@@ -110,7 +119,7 @@ def test_mixed_batches(backends: dict[str, TritonPagedAttention], shape: str) ->
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_way_of_splitting(backends: dict[str, TritonPagedAttention], policy: str) -> None:
+def test_every_way_of_splitting(backends: Backends, policy: str) -> None:
     backend = backends[policy]
     for num_reqs, longest in ((1, 9000), (3, 5000), (40, 2000)):
         rng = np.random.default_rng(num_reqs)
@@ -119,16 +128,17 @@ def test_every_way_of_splitting(backends: dict[str, TritonPagedAttention], polic
     check(backend, [3000, 40, 500], [1, 40, 1])
 
 
-def test_more_rows_than_the_workspace_has_slots(backends: dict[str, TritonPagedAttention]) -> None:
+def test_more_rows_than_the_workspace_has_slots(backends: Backends) -> None:
     backend = backends["llama-1b"]
     num_reqs = backend.splits.max_programs // 8 + 40
     rng = np.random.default_rng(0)
     check(backend, rng.integers(1, 80, num_reqs).tolist(), [1] * num_reqs)
 
 
-def test_results_do_not_vary_between_runs(backends: dict[str, TritonPagedAttention]) -> None:
+@pytest.mark.parametrize("policy", ["fine", "overflow"])
+def test_results_do_not_vary_between_runs(backends: Backends, policy: str) -> None:
     """Whoever merges last, the order of the sum is the same; a race would show as a difference."""
-    backend = backends["fine"]
+    backend = backends[policy]
     case = make_case(backend, [4000, 77, 1900], [1, 1, 1])
     run_case(backend, case)
     case.check()
@@ -139,7 +149,7 @@ def test_results_do_not_vary_between_runs(backends: dict[str, TritonPagedAttenti
         assert torch.equal(case.out_THD, first)
 
 
-def test_offsets_beyond_31_bits(backends: dict[str, TritonPagedAttention]) -> None:
+def test_offsets_beyond_31_bits(backends: Backends) -> None:
     """The same batch at the far end of a cache of more than 2**31 elements."""
     backend = backends["llama-8b"]
     for query_lens in ([1, 1, 1], [1, 40, 33]):
@@ -226,7 +236,7 @@ def replay_batches(
 
 
 @pytest.mark.parametrize("name", ["llama-1b", "llama-8b", "gemma-like", *POLICIES])
-def test_a_captured_decode_serves_any_lengths(backends: dict[str, TritonPagedAttention], name: str) -> None:
+def test_a_captured_decode_serves_any_lengths(backends: Backends, name: str) -> None:
     persistent = Persistent(rows=16, tokens=16, columns=300, backend=backends[name])
     graph = persistent.capture(max_query_len=1)
     rng = np.random.default_rng(3)
@@ -234,10 +244,8 @@ def test_a_captured_decode_serves_any_lengths(backends: dict[str, TritonPagedAtt
     replay_batches(persistent, graph, [*batches, ([4000], [1]), ([1] * 16, [1] * 16)])
 
 
-@pytest.mark.parametrize("name", ["llama-1b", "gemma-like", "two-launches"])
-def test_a_captured_mixed_batch_serves_any_batch_that_fits(
-    backends: dict[str, TritonPagedAttention], name: str
-) -> None:
+@pytest.mark.parametrize("name", ["llama-1b", "gemma-like", "overflow"])
+def test_a_captured_mixed_batch_serves_any_batch_that_fits(backends: Backends, name: str) -> None:
     """Whole prompts, chunks, decodes alone: one graph, captured over padding."""
     persistent = Persistent(rows=8, tokens=256, columns=150, backend=backends[name])
     graph = persistent.capture(max_query_len=256)
@@ -251,7 +259,7 @@ def test_a_captured_mixed_batch_serves_any_batch_that_fits(
     replay_batches(persistent, graph, batches)
 
 
-def test_replay_equals_the_eager_call(backends: dict[str, TritonPagedAttention]) -> None:
+def test_replay_equals_the_eager_call(backends: Backends) -> None:
     """Same padded shapes, same launches, same bits."""
     backend = backends["llama-1b"]
     persistent = Persistent(rows=8, tokens=8, columns=200, backend=backend)

@@ -13,17 +13,17 @@ import torch
 
 from workers.attention.base import AttentionSpec
 from workers.attention.triton_kernels.cache_write import cache_write_kernel
-from workers.attention.triton_kernels.decode import decode_kernel, merge_kernel
+from workers.attention.triton_kernels.decode import decode_kernel
 from workers.attention.triton_kernels.launch import KernelLaunch
 from workers.attention.triton_kernels.prefill import prefill_kernel
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPlan, SplitPolicy
 
 #: Tokens of one cache-write program.
 WRITE_TOKENS = 32
-#: Requests that a prefill program looks at in one go to find its own.
-SEARCH_LANES = 256
-#: Elements of partial results that a merge holds in registers at a time (32 for each of 128 threads).
-MERGE_ELEMENTS = 4096
+#: Requests that a program looks at in one go: a prefill program for its own, a decode program for long contexts.
+ROW_TILE = 256
+#: Elements of partial results that a merge holds in registers at a time (16 for each of 128 threads).
+MERGE_ELEMENTS = 2048
 
 # Example arguments for specialisation: a multiple of 16 (strides), and any number (sizes; see the kernels'
 # do_not_specialize lists).
@@ -33,10 +33,10 @@ _I32, _I64, _F32 = torch.int32, torch.int64, torch.float32
 
 
 class KernelSet:
-    """Cache write, decode, merge and prefill for one spec on one device.
+    """Cache write, decode and prefill for one spec on one device.
 
-    Owns the workspace for partial results. Its size follows from the policy, not from any batch; a launch uses
-    slots ``(row * K + head) * num_splits + split``.
+    Owns the workspace for partial results; its size follows from the policy, not from any batch. The first
+    ``max_programs`` slots are ``(row * K + head) * num_splits + split``, the others ``overflow_chunks`` per KV head.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class KernelSet:
         splits: SplitPolicy,
     ) -> None:
         self.spec = spec
-        self.fused_merge = splits.fused_merge
+        self.splits = splits
         self.group = spec.num_heads // spec.num_kv_heads
         self.block_q = prefill_tile.block_m // self.group
         self._head_dim_padded = _next_power_of_2(spec.head_dim)
@@ -57,28 +57,27 @@ class KernelSet:
         self._qk_scale = spec.scale * math.log2(math.e)
         self._window = spec.sliding_window or 0
 
-        slots = splits.max_programs * self.group
+        slots = (splits.max_programs + splits.overflow_chunks * spec.num_kv_heads) * self.group
         self._partials = (
             torch.empty(slots * spec.head_dim, dtype=_F32, device=device),
             torch.empty(slots, dtype=_F32, device=device),
             torch.empty(slots, dtype=_F32, device=device),
         )
-        # One per (row, KV head). A launch that splits leaves them at zero, as it found them.
+        # One per (row, KV head). A launch leaves them at zero, as it found them.
         self._counters = torch.zeros(splits.max_programs, dtype=_I32, device=device)
 
         self._write = self._specialize_write()
         self._decode = {mixed: self._specialize_decode(decode_tile, mixed) for mixed in (False, True)}
-        self._merge = {mixed: self._specialize_merge(decode_tile, mixed) for mixed in (False, True)}
         self._prefill = self._specialize_prefill(prefill_tile)
 
     def launches(self) -> dict[str, KernelLaunch]:
         """Every kernel that this set can launch, by name."""
-        launches = {"cache_write": self._write, "prefill": self._prefill}
-        for mixed, kind in ((False, "uniform"), (True, "mixed")):
-            launches[f"decode_{kind}"] = self._decode[mixed]
-            if not self.fused_merge:
-                launches[f"merge_{kind}"] = self._merge[mixed]
-        return launches
+        return {
+            "cache_write": self._write,
+            "decode_uniform": self._decode[False],
+            "decode_mixed": self._decode[True],
+            "prefill": self._prefill,
+        }
 
     def write_cache(
         self,
@@ -126,11 +125,9 @@ class KernelSet:
                 is token r.
         """
         num_rows = seq_lens.shape[0]
-        rows = num_rows if mixed else q_THD.shape[0]
-        kv_heads = self.spec.num_kv_heads
-        sizes = (num_rows, plan.num_splits, plan.occupancy_splits, plan.min_chunk, plan.max_chunk)
+        grid_rows = num_rows if mixed else q_THD.shape[0]
         self._decode[mixed](
-            (kv_heads, rows, plan.num_splits),
+            (self.spec.num_kv_heads, grid_rows + plan.overflow_rows, plan.num_splits),
             out_THD,
             q_THD,
             k_TKD,
@@ -147,18 +144,12 @@ class KernelSet:
             k_TKD.stride(0),
             v_TKD.stride(0),
             block_table_RM.stride(0),
-            *sizes,
+            num_rows,
+            grid_rows,
+            plan.num_splits,
+            plan.min_chunk,
+            plan.max_chunk,
         )
-        if plan.num_splits > 1 and not self.fused_merge:
-            self._merge[mixed](
-                (kv_heads, rows, 1),
-                out_THD,
-                seq_lens,
-                query_start_loc,
-                *self._partials,
-                out_THD.stride(0),
-                *sizes,
-            )
 
     def prefill(
         self,
@@ -201,23 +192,16 @@ class KernelSet:
         # A matrix instruction takes 16 rows, so smaller groups are padded to that.
         groups = (s.num_kv_heads, self.group, max(self._group_merge, 16), self._group_merge)
         cache = (s.head_dim, self._head_dim_padded, s.block_size, self._window)
-        tiles = (tile.block_n, self._merge_tile)
+        tiles = (tile.block_n, self._merge_tile, ROW_TILE)
+        slots = (self.splits.max_programs, self.splits.overflow_chunks)
         return KernelLaunch(
             decode_kernel,
             (*tensors, *strides, _ANY, _ANY, _ANY, _ANY, _ANY),
-            (self._qk_scale, *groups, *cache, *tiles, mixed, self.fused_merge, tile.overlap_launch),
+            (self._qk_scale, *groups, *cache, *tiles, *slots, mixed, tile.overlap_launch),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            max_registers=tile.max_registers,
             launch_pdl=tile.overlap_launch,
-        )
-
-    def _specialize_merge(self, tile: DecodeTile, mixed: bool) -> KernelLaunch:
-        s = self.spec
-        heads = (s.num_kv_heads, self.group, self._group_merge, s.head_dim, self._head_dim_padded)
-        return KernelLaunch(
-            merge_kernel,
-            (s.dtype, _I32, _I32, _F32, _F32, _F32, _ALIGNED, _ANY, _ANY, _ANY, _ANY, _ANY),
-            (*heads, self._window, tile.block_n, self._merge_tile, mixed),
         )
 
     def _specialize_prefill(self, tile: PrefillTile) -> KernelLaunch:
@@ -226,7 +210,7 @@ class KernelSet:
         return KernelLaunch(
             prefill_kernel,
             (data, data, data, _I32, _I32, _I32, _ALIGNED, _ALIGNED, _ANY, _ANY),
-            (self._qk_scale, *heads, s.block_size, self._window, tile.block_m, tile.block_n, SEARCH_LANES),
+            (self._qk_scale, *heads, s.block_size, self._window, tile.block_m, tile.block_n, ROW_TILE),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

@@ -30,6 +30,7 @@ class KernelLaunch:
         constants: Values of the constexpr parameters, in order.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline.
+        max_registers: Of a thread; 0 leaves it to the compiler.
         launch_pdl: Programmatic dependent launch; the kernel waits for the previous one by itself.
     """
 
@@ -41,13 +42,19 @@ class KernelLaunch:
         *,
         num_warps: int = 4,
         num_stages: int = 1,
+        max_registers: int = 0,
         launch_pdl: bool = False,
     ) -> None:
         assert len(kernel.arg_names) == len(example) + len(constants)
         self.kernel = kernel
         self.constants = tuple(constants)
         self._example = tuple(example)
-        self._options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
+        self._options = {
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "maxnreg": max_registers or None,
+            "launch_pdl": launch_pdl,
+        }
         self._compiled: Any = None
         self._run: Any = None
         # TRITON_INTERPRET=1 turns jit functions into plain Python: nothing to compile.

@@ -18,12 +18,14 @@ class DecodeTile:
             block-table entry instead of one per row.
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline; ``num_stages - 1`` tiles are in flight.
+        max_registers: Of a thread, or 0 for what the compiler likes: fewer let more programs share a multiprocessor.
         overlap_launch: Launch while the previous kernel drains (programmatic dependent launch), then wait for it.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 128
     overlap_launch: bool = False
 
 
@@ -42,22 +44,28 @@ class SplitPolicy:
     """When a request's context is divided among several decode programs.
 
     A split pays while the batch alone does not fill the device, and for contexts so long that one program would
-    outlast the rest of the batch. It costs a round trip of partial results and, at the end, a merge.
+    outlast the rest of the batch. It costs a round trip of partial results, and a merge at the end. A program that
+    finds nothing to do costs as well, once the device is full: it waits for a place.
+
+    The workspace for partial results takes ``(max_programs + overflow_chunks * num_kv_heads) * group *
+    (head_dim + 2) * 4`` bytes.
 
     Attributes:
-        programs_per_sm: Programs wanted on each multiprocessor before splitting stops.
+        programs_per_sm: Programs wanted on each multiprocessor: splitting stops there.
         min_chunk: Fewest cached tokens worth a program of their own.
-        max_chunk: Most cached tokens that one program reads while ``max_programs`` allows more programs.
-        max_programs: Bound on the launch grid when splitting; also sizes the workspace for partial results
-            (``max_programs * group * (head_dim + 2) * 4`` bytes).
-        fused_merge: The program that finishes last merges; otherwise a second launch does.
+        max_chunk: Most cached tokens that one program reads; what exceeds the splits of a row overflows.
+        max_programs: A batch of more rows times KV heads than this is never split, however long a context.
+        overflow_chunks: Most chunks, per KV head, that overflow programs share out. Where contexts are so many and
+            so long that this does not suffice, their chunks grow beyond ``max_chunk``.
+        overflow_programs_per_sm: Overflow programs on each multiprocessor.
     """
 
     programs_per_sm: float = 2.0
     min_chunk: int = 128
-    max_chunk: int = 2048
+    max_chunk: int = 1024
     max_programs: int = 4096
-    fused_merge: bool = True
+    overflow_chunks: int = 2048
+    overflow_programs_per_sm: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,16 +73,20 @@ class SplitPlan:
     """What a decode launch is given; a function of padded shapes only, so a captured graph may hold it.
 
     Attributes:
-        num_splits: Third dimension of the grid, and most chunks of one request.
-        occupancy_splits: Chunks per request that fill the device.
+        num_splits: Third dimension of the grid: most chunks of a context of ``num_splits * max_chunk`` tokens.
+        overflow_rows: Rows of the grid beyond the batch's, each ``num_splits`` overflow programs per KV head.
         min_chunk: As in :class:`SplitPolicy`.
-        max_chunk: As in :class:`SplitPolicy`.
+        max_chunk: As in :class:`SplitPolicy`; ``UNLIMITED // num_splits`` where nothing may overflow.
     """
 
     num_splits: int
-    occupancy_splits: int
+    overflow_rows: int
     min_chunk: int
     max_chunk: int
+
+
+#: A length that no context reaches, and whose sum with one is still 32 bits wide.
+UNLIMITED = 1 << 30
 
 
 def plan_splits(num_rows: int, num_kv_heads: int, max_context: int, num_sms: int, policy: SplitPolicy) -> SplitPlan:
@@ -88,15 +100,20 @@ def plan_splits(num_rows: int, num_kv_heads: int, max_context: int, num_sms: int
         policy: The rule.
 
     Returns:
-        A plan with ``num_rows * num_kv_heads * num_splits <= policy.max_programs`` wherever num_splits is above 1.
+        A plan whose chunks fit the workspace whatever the lengths.
     """
     programs = max(num_rows * num_kv_heads, 1)
     wanted = max(round(policy.programs_per_sm * num_sms), 1)
     affordable = max(policy.max_programs // programs, 1)
     useful = max(_ceil_div(max_context, policy.min_chunk), 1)
-    occupancy = min(_ceil_div(wanted, programs), affordable, useful)
-    num_splits = min(max(occupancy, _ceil_div(max_context, policy.max_chunk)), affordable)
-    return SplitPlan(num_splits, occupancy, policy.min_chunk, policy.max_chunk)
+    num_splits = min(_ceil_div(wanted, programs), affordable, useful)
+    # A lone request is cut evenly; and where even unsplit rows exceed the workspace, none may be split.
+    may_overflow = num_rows > 1 and programs <= policy.max_programs and num_rows < policy.overflow_chunks
+    if not may_overflow or max_context <= num_splits * policy.max_chunk:
+        return SplitPlan(num_splits, 0, policy.min_chunk, UNLIMITED // num_splits)
+    overflow_programs = max(round(policy.overflow_programs_per_sm * num_sms), 1)
+    overflow_rows = _ceil_div(overflow_programs, num_kv_heads * num_splits)
+    return SplitPlan(num_splits, overflow_rows, policy.min_chunk, policy.max_chunk)
 
 
 def default_decode_tile(head_dim: int) -> DecodeTile:
