@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, arg-type"
 """Cases for the Triton attention kernels on the CPU, in Triton's interpreter.
 
 Run by ``test_attention_triton_interpreted.py`` in a process of its own, with ``TRITON_INTERPRET=1``; not collected by
