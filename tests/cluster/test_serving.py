@@ -23,7 +23,7 @@ PROMPTS = [f"hello world {number}" for number in range(32)]
 @pytest.fixture(scope="module")
 def expected(deployment: Deployment) -> list[str]:
     """What an engine without a cluster says to ``PROMPTS``, greedily."""
-    llm = LLM(str(deployment.folder), dtype="float32", device="cpu", max_num_seqs=16, num_threads=1)
+    llm = LLM(str(deployment.folder), dtype="float32", device="cpu", max_num_seqs=16)
     outputs = llm.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True), use_tqdm=False)
     return [output.outputs[0].text for output in outputs]
 
