@@ -7,6 +7,7 @@ source that they depend on.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -100,7 +101,9 @@ def test_pieces_equal_eager(built: CompiledModel) -> None:
 def test_a_fresh_process_needs_no_compiler(built: CompiledModel, store: LocalPieceStore) -> None:
     command = [sys.executable, "-c", WARM_PROCESS, str(tiny_checkpoint(NAME)), str(store.folder)]
     root = Path(__file__).parents[2]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    # The number of threads is part of the key, and an earlier test may have changed this process'.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout.splitlines()[-1])
     assert report == {
