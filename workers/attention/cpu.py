@@ -2,7 +2,8 @@
 
 Knows how to describe a step to the C++ kernel; the arithmetic is in workers/kernels/cpu_attention.cpp.
 
-Shape suffixes: T = tokens of the batch (padded), H = query heads, K = KV heads, D = head size.
+Shape suffixes: T = tokens of the batch (padded), H = query heads, K = KV heads, D = head size, S = block size,
+B = physical blocks.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class CpuPagedAttention(AttentionBackend):
             raise ConfigError(f"attention_backend 'cpu' does not compute in {spec.dtype}; use 'sdpa'.")
         if not cpu_ops.is_available():
             raise ConfigError("attention_backend 'cpu' needs the native kernels; use 'sdpa'.")
+
+    def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """``[B, 2, K, S, D]``: what one KV head reads of a block is contiguous."""
+        s = self.spec
+        return (num_blocks, 2, s.num_kv_heads, s.block_size, s.head_dim)
 
     def build_metadata(self, geometry: BatchGeometry) -> CpuMetadata:
         """Addresses and sizes of the step; copies nothing."""

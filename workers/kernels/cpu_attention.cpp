@@ -12,6 +12,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu_kernels.h"
 #include "cpu_parallel.h"
 #include "cpu_tile.h"
 
@@ -21,51 +22,49 @@ namespace {
 constexpr float MASKED = -1e30f;       // finite, so that a fully masked chunk yields no NaN; later chunks wipe it out
 constexpr int MAX_ROWS = 8;            // rows of a decode task
 constexpr int64_t CHUNK = 64;          // keys per pass over a tile of rows
-constexpr int64_t PREFETCH_KEYS = 12;  // keys ahead that are prefetched: blocks are scattered
+constexpr int64_t AHEAD = 16;          // keys that are prefetched before they are read
 constexpr int64_t MIN_PART = 256;      // least keys of a part of a long context
 constexpr int64_t MAX_QUERIES = 64;    // queries of a prefill task
-
-extern "C" struct WgAttention {  // mirrored by workers/kernels/cpu_ops.py
-  int64_t num_reqs, num_tokens;
-  int64_t num_heads, num_kv_heads, head_dim, block_size;
-  int64_t window;              // keys visible to a query, its own included; 0 is all
-  int64_t block_table_stride;  // entries per request
-  const int32_t* query_start_loc;
-  const int32_t* seq_lens;
-  const int32_t* block_table;
-  const int64_t* slot_mapping;
-  float scale;
-  int32_t is_bf16, threads;
-};
 
 template <class T>
 struct Batch : WgAttention {
   const T *q, *k, *v;
   int64_t q_stride, k_stride, v_stride;  // elements per token
-  T *k_cache, *v_cache;
-  T* out;  // contiguous
+  T* cache;  // [B, 2, K, S, D]
+  T* out;    // contiguous
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t first_visible(int64_t position) const { return window > 0 ? std::max<int64_t>(0, position - window + 1) : 0; }
 
-  // Where the cache keeps keys [key, key + count) of a request, for one KV head; values alike.
+  // From a key to its value.
+  int64_t to_value() const { return num_kv_heads * block_size * head_dim; }
+  int64_t offset(int64_t slot, int64_t kv_head) const {
+    return ((slot / block_size * 2 * num_kv_heads + kv_head) * block_size + slot % block_size) * head_dim;
+  }
+  // Where the cache holds keys [key, key + count) of a request, for one KV head.
   void offsets(int64_t request, int64_t kv_head, int64_t key, int64_t count, int64_t* offsets) const {
-    const int64_t per_key = num_kv_heads * head_dim;
-    int64_t in_block = key % block_size;
     const int32_t* block = block_table + request * block_table_stride + key / block_size;
-    for (int64_t i = 0; i < count; i++) {
-      offsets[i] = (*block * block_size + in_block) * per_key + kv_head * head_dim;
-      if (++in_block == block_size) in_block = 0, block++;
+    for (int64_t i = 0, in_block = key % block_size; i < count; in_block = 0, block++) {
+      int64_t at = offset(*block * block_size + in_block, kv_head);
+      for (; in_block < block_size && i < count; in_block++, i++, at += head_dim) offsets[i] = at;
     }
   }
 };
 
 template <class T>
+inline void prefetch(const T* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += int64_t(64 / sizeof(T))) __builtin_prefetch(x + i);
+}
+
+template <class T>
 void write_cache(const Batch<T>& b, int64_t token) {
-  const int64_t slot = b.slot_mapping[token], width = b.num_kv_heads * b.head_dim;
+  const int64_t slot = b.slot_mapping[token], D = b.head_dim;
   if (slot < 0) return;  // padding
-  memcpy(b.k_cache + slot * width, b.k + token * b.k_stride, size_t(width) * sizeof(T));
-  memcpy(b.v_cache + slot * width, b.v + token * b.v_stride, size_t(width) * sizeof(T));
+  for (int64_t h = 0; h < b.num_kv_heads; h++) {
+    T* const key = b.cache + b.offset(slot, h);
+    memcpy(key, b.k + token * b.k_stride + h * D, size_t(D) * sizeof(T));
+    memcpy(key + b.to_value(), b.v + token * b.v_stride + h * D, size_t(D) * sizeof(T));
+  }
 }
 
 // ---- decode ----
@@ -82,52 +81,79 @@ struct Partial {
   float* acc;  // [num_rows][D]
 };
 
-// scores[r][i] = q_r . k_i for keys at `offsets`; q is fp32, scaled, padded with zeros to whole vectors.
-template <class T>
-inline void prefetch(const T* x, int64_t count) {
-  for (int64_t i = 0; i < count; i += int64_t(64 / sizeof(T))) __builtin_prefetch(x + i);
-}
-
+// Dot products of R rows with the keys at offsets[0..3], to scores[r][0..3].
 template <int R, class T>
-void scores_of_rows(const T* k_cache, const T* v_cache, const int64_t* offsets, int64_t count, const float* q, int64_t D, int64_t padded_d,
-                    float* scores) {
-  const int64_t whole = D / VL * VL;
-  for (int64_t i = 0; i < count; i++) {
-    const T* key = k_cache + offsets[i];
-    prefetch(k_cache + offsets[std::min(i + PREFETCH_KEYS, count - 1)], D);
-    prefetch(v_cache + offsets[i], D);
-    vf acc[R] = {};
-    for (int64_t d = 0; d < whole; d += VL) {
-      const vf k = load(key + d);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) acc[r] += k * load(q + r * padded_d + d);
-    }
-    if (whole < D) {
-      const vf k = load_part(key + whole, int(D - whole));
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) acc[r] += k * load(q + r * padded_d + whole);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) scores[r * CHUNK + i] = hsum(acc[r]);
-  }
-}
-
-// acc[r] = acc[r] * rescale[r] + sum_i p[r][i] v_i
-template <int R, class T>
-void add_values(const T* v_cache, const int64_t* offsets, int64_t count, const float* p, const float* rescale, int64_t D,
-                int64_t padded_d, float* acc) {
+inline void scores_of_four_keys(const T* cache, const int64_t* offsets, const float* q, int64_t D, int64_t padded_d,
+                                float* scores) {
+  vf acc[R][4] = {};
   for (int64_t d = 0; d < D; d += VL) {
-    vf sum[R];
+    vf k[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) k[i] = load_upto(cache + offsets[i] + d, D - d);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) sum[r] = load(acc + r * padded_d + d) * rescale[r];
-    for (int64_t i = 0; i < count; i++) {
-      const vf v = load_upto(v_cache + offsets[i] + d, D - d);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sum[r] += v * p[r * CHUNK + i];
+    for (int r = 0; r < R; r++) {
+      const vf row = load(q + r * padded_d + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) acc[r][i] += k[i] * row;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) store(acc + r * padded_d + d, sum[r]);
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) hsum4(acc[r], scores + r * CHUNK);
+}
+
+// scores[r][i] = q_r . k_i for the keys at `offsets`, four at a time: scores past count are rubbish. q is fp32, scaled,
+// padded with zeros to whole vectors. Offsets reach AHEAD beyond count: keys that are read soon, and the values that
+// add_values wants next, are fetched ahead, because blocks are scattered.
+template <int R, class T>
+void scores_of_rows(const T* cache, int64_t to_value, const int64_t* offsets, int64_t count, const float* q, int64_t D,
+                    int64_t padded_d, float* scores) {
+  constexpr int STEP = NUM_REGS == 32 ? 5 : 2;  // rows whose sums for four keys fit the registers
+  for (int64_t i = 0; i < count; i += 4) {
+    for (int64_t j = i; j < i + 4; j++) {
+      prefetch(cache + offsets[j + AHEAD - 4], D);
+      prefetch(cache + offsets[j] + to_value, D);
+    }
+    constexpr int WHOLE = R / STEP * STEP;
+    for (int r = 0; r < WHOLE; r += STEP)
+      scores_of_four_keys<STEP>(cache, offsets + i, q + r * padded_d, D, padded_d, scores + r * CHUNK + i);
+    if constexpr (WHOLE < R)
+      scores_of_four_keys<R - WHOLE>(cache, offsets + i, q + WHOLE * padded_d, D, padded_d, scores + WHOLE * CHUNK + i);
+  }
+}
+
+// acc[r][d] = acc[r][d] * rescale[r] + sum_i p[r][i] v_i[d] for ND vectors d.
+template <int R, int ND, class T>
+inline void add_value_columns(const T* values, const int64_t* offsets, int64_t count, const float* p,
+                              const float* rescale, int64_t d, int64_t left, int64_t padded_d, float* acc) {
+  vf sum[R][ND];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < ND; j++) sum[r][j] = load(acc + r * padded_d + d + j * VL) * rescale[r];
+  for (int64_t i = 0; i < count; i++) {
+    vf v[ND];
+#pragma GCC unroll 4
+    for (int j = 0; j < ND; j++)
+      v[j] = ND > 1 ? load(values + offsets[i] + d + j * VL) : load_upto(values + offsets[i] + d, left);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int j = 0; j < ND; j++) sum[r][j] += v[j] * p[r * CHUNK + i];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int j = 0; j < ND; j++) store(acc + r * padded_d + d + j * VL, sum[r][j]);
+}
+
+template <int R, class T>
+void add_values(const T* values, const int64_t* offsets, int64_t count, const float* p, const float* rescale, int64_t D,
+                int64_t padded_d, float* acc) {
+  constexpr int ROOM = NUM_REGS == 32 ? 24 : 10, ND = R * 4 <= ROOM ? 4 : R * 2 <= ROOM ? 2 : 1;
+  int64_t d = 0;
+  for (; d + ND * VL <= D; d += ND * VL)
+    add_value_columns<R, ND>(values, offsets, count, p, rescale, d, D - d, padded_d, acc);
+  for (; d < D; d += VL) add_value_columns<R, 1>(values, offsets, count, p, rescale, d, D - d, padded_d, acc);
 }
 
 // scores[i] = exp(scores[i] - new maximum) for whole vectors; entries from count on become 0. Returns the old
@@ -152,15 +178,17 @@ float soften(float* scores, int64_t count, int64_t padded_count, float* maximum,
 template <int R, class T>
 void decode_rows(const Batch<T>& b, const DecodeTask& task, const float* q, int64_t padded_d, Partial& result) {
   alignas(64) float scores[R * CHUNK];
-  int64_t offsets[CHUNK];
+  int64_t offsets[CHUNK + AHEAD];
   for (int64_t key = task.begin; key < task.end; key += CHUNK) {
     const int64_t count = std::min<int64_t>(CHUNK, task.end - key);
-    b.offsets(task.request, task.kv_head, key, count, offsets);
-    scores_of_rows<R>(b.k_cache, b.v_cache, offsets, count, q, b.head_dim, padded_d, scores);
+    const int64_t known = std::min<int64_t>(count + AHEAD, task.end - key);
+    b.offsets(task.request, task.kv_head, key, known, offsets);
+    for (int64_t i = known; i < count + AHEAD; i++) offsets[i] = offsets[known - 1];
+    scores_of_rows<R>(b.cache, b.to_value(), offsets, count, q, b.head_dim, padded_d, scores);
     float rescale[R];
     for (int r = 0; r < R; r++)
       rescale[r] = soften(scores + r * CHUNK, count, round_up(count, VL), &result.maximum[r], &result.sum[r]);
-    add_values<R>(b.v_cache, offsets, count, scores, rescale, b.head_dim, padded_d, result.acc);
+    add_values<R>(b.cache + b.to_value(), offsets, count, scores, rescale, b.head_dim, padded_d, result.acc);
   }
 }
 
@@ -308,11 +336,10 @@ void gather_chunk(const Batch<T>& b, const PrefillTask& task, int64_t key, int64
   int64_t offsets[CHUNK];
   b.offsets(task.request, task.kv_head, key, count, offsets);
   for (int64_t i = 0; i < count; i++) {
-    prefetch(b.k_cache + offsets[std::min(i + PREFETCH_KEYS, count - 1)], D);
-    prefetch(b.v_cache + offsets[std::min(i + PREFETCH_KEYS, count - 1)], D);
+    const T *k = b.cache + offsets[i], *v = k + b.to_value();
     for (int64_t d = 0; d < D; d += VL) {
-      store_upto(buf.keys + i * D + d, load_upto(b.k_cache + offsets[i] + d, D - d), D - d);
-      store_upto(buf.values + i * D + d, load_upto(b.v_cache + offsets[i] + d, D - d), D - d);
+      store_upto(buf.keys + i * D + d, load_upto(k + d, D - d), D - d);
+      store_upto(buf.values + i * D + d, load_upto(v + d, D - d), D - d);
     }
   }
 }
@@ -475,17 +502,16 @@ void attend(const Batch<T>& b) {
 
 template <class T>
 void attention(const WgAttention& step, const void* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
-               int64_t v_stride, void* k_cache, void* v_cache, void* out) {
+               int64_t v_stride, void* cache, void* out) {
   attend(Batch<T>{step, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), q_stride, k_stride,
-                  v_stride, static_cast<T*>(k_cache), static_cast<T*>(v_cache), static_cast<T*>(out)});
+                  v_stride, static_cast<T*>(cache), static_cast<T*>(out)});
 }
 
 }  // namespace
 }  // namespace wg
 
-// Strides are elements between tokens; heads and dimensions are contiguous. out is contiguous.
-extern "C" void wg_attention(const wg::WgAttention* step, const void* q, int64_t q_stride, const void* k,
-                             int64_t k_stride, const void* v, int64_t v_stride, void* k_cache, void* v_cache, void* out) {
-  (step->is_bf16 ? wg::attention<wg::bf16> : wg::attention<float>)(*step, q, q_stride, k, k_stride, v, v_stride, k_cache,
-                                                                   v_cache, out);
+void wg_attention(const WgAttention* step, const void* q, int64_t q_stride, const void* k, int64_t k_stride,
+                  const void* v, int64_t v_stride, void* cache, void* out) {
+  (step->is_bf16 ? wg::attention<wg::bf16> : wg::attention<float>)(*step, q, q_stride, k, k_stride, v, v_stride, cache,
+                                                                   out);
 }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu_kernels.h"
 #include "cpu_parallel.h"
 #include "cpu_tile.h"
 
@@ -15,6 +16,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #define WG_AMX 1
+#ifndef WG_AMX_MIN_ROWS
+#define WG_AMX_MIN_ROWS 5
+#endif
 #endif
 
 namespace wg {
@@ -41,7 +45,11 @@ struct Output {
       const int64_t left = num_columns - n;
       if (left <= 0) return;
       const vf b = bias == nullptr ? vf{} : load_upto(bias + n, left);
-      for (int i = 0; i < num_rows; i++) store_upto(y + (m + i) * ldy + n, sums[i * width + j] + b, left);
+      T* to = y + m * ldy + n;
+      if (left >= VL)
+        for (int i = 0; i < num_rows; i++, to += ldy) store(to, sums[i * width + j] + b);
+      else
+        for (int i = 0; i < num_rows; i++, to += ldy) store_part(to, sums[i * width + j] + b, int(left));
     }
   }
 };
@@ -89,10 +97,11 @@ void rows_by_panel(const typename Kind::X* x, int64_t ldx, int64_t num_rows, con
 
 template <class From, class X>
 void convert_row(const From* from, X* to, int64_t K, int64_t padded_k) {
-  int64_t k = 0;
-  for (; k + VL <= K; k += VL) store(to + k, load(from + k));
-  for (; k < K; k++) from_float(to_float(from[k]), to + k);
-  for (; k < padded_k; k++) from_float(0.0f, to + k);
+  if constexpr (std::is_same_v<From, X>)
+    memcpy(to, from, size_t(K) * sizeof(X));
+  else
+    for (int64_t k = 0; k < K; k += VL) store_upto(to + k, load_upto(from + k, K - k), K - k);
+  memset(to + K, 0, size_t(padded_k - K) * sizeof(X));
 }
 
 // Elements between rows of a copy: an odd number of cache lines, so that the rows of a tile do not evict each other.
@@ -160,9 +169,9 @@ bool amx_permitted() {  // Linux gives a process the tile registers only when it
   return permitted;
 }
 
-// 32 rows (or 16) of x times one panel; x is padded to whole tiles.
+// 32 rows (or 16) of x times one panel.
 template <int TILES_M>
-void amx_tile(const bf16* x, int64_t ldx, const uint32_t* w, int64_t K, float (*c)[16][16], bool stream) {
+void amx_tile(const bf16* x, int64_t ldx, const uint32_t* w, int64_t K, bool stream, float (*c)[16][16]) {
   _tile_zero(0);
   _tile_zero(1);
   if (TILES_M == 2) {
@@ -171,6 +180,7 @@ void amx_tile(const bf16* x, int64_t ldx, const uint32_t* w, int64_t K, float (*
   }
   for (int64_t k = 0; k < K; k += 32, w += 16 * PANEL) {
     if (stream)
+#pragma GCC unroll 32
       for (int i = 0; i < 32; i++) __builtin_prefetch(reinterpret_cast<const char*>(w) + PREFETCH + i * 64);
     _tile_loadd(6, w, PANEL * 4);
     _tile_loadd(7, w + 16, PANEL * 4);
@@ -191,43 +201,51 @@ void amx_tile(const bf16* x, int64_t ldx, const uint32_t* w, int64_t K, float (*
   }
 }
 
-void amx_panel(const bf16* x, int64_t ldx, int64_t num_rows, const uint32_t* w, int64_t K, const Output<bf16>& out,
-               int64_t first_row, int64_t n) {
-  alignas(64) float c[4][16][16];
-  for (int64_t row = 0; row < num_rows; row += 32) {
-    const bool two = num_rows - row > 16;
-    (two ? amx_tile<2> : amx_tile<1>)(x + row * ldx, ldx, w, K, c, row == 0);
-    for (int t = 0; t < (two ? 4 : 2); t++) {
-      const int64_t m = row + t / 2 * 16;
-      out.put_rows(first_row + m, n + t % 2 * 16, reinterpret_cast<const vf*>(c[t]), int(std::min<int64_t>(16, num_rows - m)), 1);
+// Rows for AMX: whole tiles of 32 straight from x, the rest from a copy that is padded to 16 or 32 rows.
+struct AmxRows {
+  const bf16 *x, *tail;
+  int64_t ldx, ld_tail, num_rows, num_whole;
+
+  void times_panel(const uint32_t* w, int64_t K, const Output<bf16>& out, int64_t first_row, int64_t n) const {
+    alignas(64) float c[4][16][16];
+    for (int64_t row = 0; row < num_rows; row += 32) {
+      const int64_t left = num_rows - row;
+      const bool is_tail = row >= num_whole;
+      (left > 16 ? amx_tile<2> : amx_tile<1>)(is_tail ? tail : x + row * ldx, is_tail ? ld_tail : ldx, w, K, row == 0, c);
+      for (int t = 0; t < (left > 16 ? 4 : 2); t++)
+        out.put_rows(first_row + row + t / 2 * 16, n + t % 2 * 16, reinterpret_cast<const vf*>(c[t]),
+                     int(std::min<int64_t>(16, left - t / 2 * 16)), 1);
     }
   }
-}
+};
 
 void linear_amx(const bf16* x, int64_t ldx, const uint32_t* packed, const bf16* bias, bf16* y, int64_t M, int64_t N,
                 int64_t K, int threads) {
   static thread_local Scratch scratch;
-  const int64_t padded_k = round_up(K, 32), copy_ld = spread(padded_k, sizeof(bf16));
-  const int64_t block = std::max<int64_t>(32, 262144 / padded_k / 32 * 32);
-  bf16* const copy = scratch.get<bf16>(size_t(round_up(std::min(block, M), 16) * copy_ld));
+  const int64_t padded_k = round_up(K, 32), ld_tail = spread(padded_k, sizeof(bf16));
+  const int64_t block = std::max<int64_t>(32, 524288 / padded_k / 32 * 32);  // rows: a MB
   const Output<bf16> out{y, N, bias, N};
+  const int64_t num_panels = round_up(N, PANEL) / PANEL;
+  bf16* const copy = scratch.get<bf16>(size_t(std::min(block, round_up(M, 32)) * ld_tail));
   for (int64_t first = 0; first < M; first += block) {
-    const int64_t rows = std::min(block, M - first), padded_rows = round_up(rows, 16);
-    parallel_for(padded_rows, 16, padded_rows * padded_k < 32768 ? 1 : threads, [&](int64_t m) {
-      convert_row(x + (first + std::min(m, rows - 1)) * ldx, copy + m * copy_ld, m < rows ? K : 0, padded_k);
-    });
-    const int64_t num_panels = round_up(N, PANEL) / PANEL;
+    AmxRows rows{x + first * ldx, copy, ldx, ld_tail, std::min(block, M - first), 0};
+    if (padded_k == K)
+      rows.num_whole = rows.num_rows / 32 * 32;
+    else
+      rows.x = copy, rows.ldx = ld_tail;
+    for (int64_t m = rows.num_whole; m < round_up(rows.num_rows, 16); m++)
+      convert_row(x + (first + std::min(m, rows.num_rows - 1)) * ldx, copy + (m - rows.num_whole) * ld_tail,
+                  m < rows.num_rows ? K : 0, padded_k);
     WorkCounter work(num_panels, std::max<int64_t>(1, num_panels / (threads * 4)));
-#pragma omp parallel num_threads(threads)
-    {
+    run_parallel(threads, [&] {
       static const TileConfig config;
       _tile_loadconfig(&config);
       int64_t begin, end;
       while (work.take(&begin, &end))
         for (int64_t p = begin; p < end; p++)
-          amx_panel(copy, copy_ld, rows, packed + p * padded_k / 2 * PANEL, padded_k, out, first, p * PANEL);
+          rows.times_panel(packed + p * padded_k / 2 * PANEL, padded_k, out, first, p * PANEL);
       _tile_release();
-    }
+    });
   }
 }
 #endif
@@ -235,13 +253,9 @@ void linear_amx(const bf16* x, int64_t ldx, const uint32_t* packed, const bf16* 
 void linear_bf16(const bf16* x, int64_t ldx, const uint32_t* packed, const bf16* bias, bf16* y, int64_t M, int64_t N,
                  int64_t K, int threads) {
 #if WG_AMX
-  if (M >= 5 && amx_permitted()) return linear_amx(x, ldx, packed, bias, y, M, N, K, threads);
+  if (M >= WG_AMX_MIN_ROWS && amx_permitted()) return linear_amx(x, ldx, packed, bias, y, M, N, K, threads);
 #endif
-#if defined(__AVX512BF16__)
-  linear<Bf16DotPanel, bf16>(x, ldx, packed, bias, y, M, N, K, threads);
-#else
   linear<Bf16Panel, bf16>(x, ldx, packed, bias, y, M, N, K, threads);
-#endif
 }
 
 // Where element (n, k) of a weight lies in its packed form, in units of K_STEP elements: (panel, k / step, column).
@@ -280,9 +294,6 @@ void unpack_rows(const int64_t* rows, const T* packed, T* out, int64_t num_rows,
 
 using wg::bf16;
 
-extern "C" {
-
-// packed holds round_up(N, 32) * padded K elements and may be weight itself where nothing is padded.
 void wg_pack(const void* weight, void* packed, int64_t N, int64_t K, int is_bf16, int threads) {
   if (is_bf16)
     wg::pack<bf16, uint32_t>(static_cast<const bf16*>(weight), static_cast<bf16*>(packed), N, K, wg::Bf16Panel::padded_k(K), threads);
@@ -290,7 +301,6 @@ void wg_pack(const void* weight, void* packed, int64_t N, int64_t K, int is_bf16
     wg::pack<float, float>(static_cast<const float*>(weight), static_cast<float*>(packed), N, K, K, threads);
 }
 
-// Rows of the original weight: an embedding look-up in the packed form.
 void wg_unpack_rows(const int64_t* rows, const void* packed, void* out, int64_t num_rows, int64_t K, int is_bf16,
                     int threads) {
   if (is_bf16)
@@ -300,7 +310,6 @@ void wg_unpack_rows(const int64_t* rows, const void* packed, void* out, int64_t 
     wg::unpack_rows<float, 1>(rows, static_cast<const float*>(packed), static_cast<float*>(out), num_rows, K, K, threads);
 }
 
-// y[M, N] = x[M, K] W^T + bias; ldx elements between rows of x, bias may be null.
 void wg_linear(const void* x, int64_t ldx, const void* packed, const void* bias, void* y, int64_t M, int64_t N, int64_t K,
                int is_bf16, int threads) {
   if (is_bf16)
@@ -309,5 +318,4 @@ void wg_linear(const void* x, int64_t ldx, const void* packed, const void* bias,
   else
     wg::linear<wg::Fp32Panel, float>(static_cast<const float*>(x), ldx, static_cast<const float*>(packed),
                                      static_cast<const float*>(bias), static_cast<float*>(y), M, N, K, threads);
-}
 }

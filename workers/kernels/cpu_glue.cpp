@@ -5,6 +5,7 @@
 #include <cmath>
 #include <initializer_list>
 
+#include "cpu_kernels.h"
 #include "cpu_parallel.h"
 #include "cpu_vector.h"
 
@@ -37,13 +38,14 @@ void norm_row(const T* x, const T* residual, const T* weight, T* y, T* new_resid
 }
 
 template <class T>
-void rms_norm(const T* x, int64_t ldx, const T* residual, const T* weight, T* y, T* new_residual, int64_t num_rows,
-              int64_t N, float eps, int threads) {
-  parallel_for(num_rows, 4, threads_for(num_rows * N, threads), [&](int64_t t) {
+void rms_norm(const T* x, int64_t x_stride, int64_t rows_per_token, const T* residual, const T* weight, T* y,
+              T* new_residual, int64_t num_rows, int64_t N, float eps, int threads) {
+  parallel_for(num_rows, 4, threads_for(num_rows * N, threads), [&](int64_t r) {
+    const T* row = x + r / rows_per_token * x_stride + r % rows_per_token * N;
     if (residual == nullptr)
-      norm_row<T, false>(x + t * ldx, nullptr, weight, y + t * N, nullptr, N, eps);
+      norm_row<T, false>(row, nullptr, weight, y + r * N, nullptr, N, eps);
     else
-      norm_row<T, true>(x + t * ldx, residual + t * N, weight, y + t * N, new_residual + t * N, N, eps);
+      norm_row<T, true>(row, residual + r * N, weight, y + r * N, new_residual + r * N, N, eps);
   });
 }
 
@@ -91,17 +93,22 @@ void rope(const Heads<T>& q, const Heads<T>& k, const int64_t* positions, const 
 
 using wg::bf16;
 
-extern "C" {
+void wg_copy_rows(const int64_t* rows, const void* table, void* out, int64_t num_rows, int64_t row_bytes, int threads) {
+  wg::parallel_for(num_rows, 16, wg::threads_for(num_rows * row_bytes, threads), [&](int64_t i) {
+    memcpy(static_cast<char*>(out) + i * row_bytes, static_cast<const char*>(table) + rows[i] * row_bytes, size_t(row_bytes));
+  });
+}
 
-// residual and new_residual are both null (plain norm) or both given (x is added to residual first).
-void wg_rms_norm(const void* x, int64_t ldx, const void* residual, const void* weight, void* y, void* new_residual,
-                 int64_t num_rows, int64_t N, float eps, int is_bf16, int threads) {
+void wg_rms_norm(const void* x, int64_t x_stride, int64_t rows_per_token, const void* residual, const void* weight,
+                 void* y, void* new_residual, int64_t num_rows, int64_t N, float eps, int is_bf16, int threads) {
   if (is_bf16)
-    wg::rms_norm(static_cast<const bf16*>(x), ldx, static_cast<const bf16*>(residual), static_cast<const bf16*>(weight),
-                 static_cast<bf16*>(y), static_cast<bf16*>(new_residual), num_rows, N, eps, threads);
+    wg::rms_norm(static_cast<const bf16*>(x), x_stride, rows_per_token, static_cast<const bf16*>(residual),
+                 static_cast<const bf16*>(weight), static_cast<bf16*>(y), static_cast<bf16*>(new_residual), num_rows, N,
+                 eps, threads);
   else
-    wg::rms_norm(static_cast<const float*>(x), ldx, static_cast<const float*>(residual), static_cast<const float*>(weight),
-                 static_cast<float*>(y), static_cast<float*>(new_residual), num_rows, N, eps, threads);
+    wg::rms_norm(static_cast<const float*>(x), x_stride, rows_per_token, static_cast<const float*>(residual),
+                 static_cast<const float*>(weight), static_cast<float*>(y), static_cast<float*>(new_residual), num_rows,
+                 N, eps, threads);
 }
 
 void wg_silu_and_mul(const void* gate_up, void* y, int64_t num_rows, int64_t N, int is_bf16, int threads) {
@@ -122,5 +129,4 @@ void wg_rope(const void* q, int64_t q_stride, int64_t num_heads, const void* k, 
     wg::rope<float>({static_cast<const float*>(q), q_stride, num_heads, static_cast<float*>(q_out)},
                     {static_cast<const float*>(k), k_stride, num_kv_heads, static_cast<float*>(k_out)}, positions,
                     cos_sin, num_tokens, D, threads);
-}
 }

@@ -10,39 +10,62 @@ P = positions.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from workers.kernels import native, reference
 
 #: Columns of a panel of a packed weight (cpu_tile.h).
 PANEL = 32
 
-_SIGNATURES: dict[str, tuple[list[Any], Any]] = {
-    "wg_pack": ([c_void_p, c_void_p, c_int64, c_int64, c_int, c_int], None),
-    "wg_unpack_rows": ([c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int], None),
-    "wg_linear": ([c_void_p, c_int64, *[c_void_p] * 3, *[c_int64] * 3, c_int, c_int], None),
-    "wg_rms_norm": ([c_void_p, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_float, c_int, c_int], None),
-    "wg_silu_and_mul": ([c_void_p, c_void_p, c_int64, c_int64, c_int, c_int], None),
-    "wg_rope": ([*[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 4, c_int64, c_int64, c_int, c_int], None),
-    "wg_attention": ([c_void_p, *[c_void_p, c_int64] * 3, c_void_p, c_void_p, c_void_p], None),
+#: Argument types of every kernel (cpu_kernels.h); none returns anything.
+SIGNATURES: dict[str, list[Any]] = {
+    "wg_pack": [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
+    "wg_unpack_rows": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
+    "wg_copy_rows": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
+    "wg_linear": [c_void_p, c_int64, *[c_void_p] * 3, *[c_int64] * 3, c_int, c_int],
+    "wg_rms_norm": [c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_float, c_int, c_int],
+    "wg_silu_and_mul": [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
+    "wg_rope": [*[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 4, c_int64, c_int64, c_int, c_int],
+    "wg_attention": [c_void_p, *[c_void_p, c_int64] * 3, c_void_p, c_void_p],
+    "wg_run_program": [c_void_p, c_int64, c_void_p, c_int64, c_int],
 }
 
 
+_stand_in: Any = None
+
+
 @functools.cache
-def library() -> Any:
-    """The native kernels with their signatures declared, or None where there are none."""
+def _load() -> Any:
     loaded = native.library()
     if loaded is not None:
-        for name, (argtypes, restype) in _SIGNATURES.items():
+        for name, argtypes in SIGNATURES.items():
             function = getattr(loaded, name)
-            function.argtypes, function.restype = argtypes, restype
+            function.argtypes, function.restype = argtypes, None
     return loaded
+
+
+def library() -> Any:
+    """The native kernels with their signatures declared, or None where there are none."""
+    return _load() if _stand_in is None else _stand_in
+
+
+@contextlib.contextmanager
+def stand_in(kernels: Any) -> Iterator[None]:
+    """Let another object take the kernels' place: a recorder, which passes calls on."""
+    global _stand_in
+    _stand_in, before = kernels, _stand_in
+    try:
+        yield
+    finally:
+        _stand_in = before
 
 
 def is_available() -> bool:
@@ -63,16 +86,35 @@ def _usable(x: torch.Tensor, *others: torch.Tensor) -> bool:
     return x.stride(-1) == 1 and all(other.dtype is dtype and other.is_contiguous() for other in others)
 
 
+def embedding(ids: torch.Tensor, weight_VN: torch.Tensor) -> torch.Tensor:
+    """Rows ``ids`` (int64) of a table: ``[...]`` to ``[..., N]``."""
+    if library() is None or not weight_VN.is_contiguous():
+        return F.embedding(ids, weight_VN)
+    ids = ids.contiguous()
+    size = weight_VN.shape[1]
+    rows = torch.empty((*ids.shape, size), dtype=weight_VN.dtype)
+    library().wg_copy_rows(
+        ids.data_ptr(), weight_VN.data_ptr(), rows.data_ptr(), ids.numel(), size * rows.element_size(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return rows
+
+
 def rms_norm(x: torch.Tensor, weight_N: torch.Tensor, eps: float) -> torch.Tensor:
     """Native :func:`workers.kernels.reference.rms_norm`."""
     if not _usable(x, weight_N):
         return reference.rms_norm(x, weight_N, eps)
-    if x.dim() != 2:
-        x = x.contiguous()
     size = weight_N.shape[0]
+    if x.dim() == 3 and x.stride(1) == size:  # the heads of each token, as in a slice of a fused projection
+        x_stride, rows_per_token = x.stride(0), x.shape[1]
+    elif x.dim() == 2:
+        x_stride, rows_per_token = x.stride(0), 1
+    else:
+        x = x.contiguous()
+        x_stride, rows_per_token = size, 1
     y = torch.empty(x.shape, dtype=x.dtype)
     library().wg_rms_norm(
-        x.data_ptr(), x.stride(0) if x.dim() == 2 else size, None, weight_N.data_ptr(), y.data_ptr(), None,
+        x.data_ptr(), x_stride, rows_per_token, None, weight_N.data_ptr(), y.data_ptr(), None,
         x.numel() // size, size, eps, x.dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -87,7 +129,7 @@ def add_rms_norm(
     size = weight_N.shape[0]
     y, new_residual = torch.empty_like(x), torch.empty_like(x)
     library().wg_rms_norm(
-        x.data_ptr(), size, residual.data_ptr(), weight_N.data_ptr(), y.data_ptr(), new_residual.data_ptr(),
+        x.data_ptr(), size, 1, residual.data_ptr(), weight_N.data_ptr(), y.data_ptr(), new_residual.data_ptr(),
         x.numel() // size, size, eps, x.dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return y, new_residual
@@ -174,7 +216,7 @@ def packed_rows(ids: torch.Tensor, packed_weight: torch.Tensor, in_features: int
 
 
 class AttentionStep(ctypes.Structure):
-    """``WgAttention`` of cpu_attention.cpp: one step's geometry, as addresses and sizes."""
+    """``WgAttention`` of cpu_kernels.h: one step's geometry, as addresses and sizes."""
 
     _fields_ = (
         *((name, c_int64) for name in ("num_reqs", "num_tokens", "num_heads", "num_kv_heads", "head_dim")),
@@ -194,15 +236,14 @@ def paged_attention(
     step: Any,
     out_THD: torch.Tensor,
 ) -> None:
-    """Write k and v to the cache ``[2, B, S, K, D]``, then attend; ``step`` is a reference to an AttentionStep."""
+    """Write k and v to the cache ``[B, 2, K, S, D]``, then attend; ``step`` is a reference to an AttentionStep."""
     q_THD, k_TKD, v_TKD = (_dense_heads(x) for x in (q_THD, k_TKD, v_TKD))
     assert kv_cache.is_contiguous()
     assert out_THD.is_contiguous()
     assert kv_cache.dtype is q_THD.dtype is out_THD.dtype
-    cache = kv_cache.data_ptr()
     library().wg_attention(
         step, q_THD.data_ptr(), q_THD.stride(0), k_TKD.data_ptr(), k_TKD.stride(0), v_TKD.data_ptr(), v_TKD.stride(0),
-        cache, cache + kv_cache.nbytes // 2, out_THD.data_ptr(),
+        kv_cache.data_ptr(), out_THD.data_ptr(),
     )  # fmt: skip
 
 
@@ -220,6 +261,11 @@ def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -
 
 
 _LIBRARY = torch.library.Library("warmgraph", "FRAGMENT")  # type: ignore[no-untyped-call]
+_define(
+    "embedding(Tensor ids, Tensor weight) -> Tensor",
+    embedding,
+    lambda ids, weight: weight.new_empty((*ids.shape, weight.shape[-1])),
+)
 _define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm, lambda x, weight, eps: torch.empty_like(x))
 _define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",

@@ -2,8 +2,8 @@
 //
 // A packed matrix is a sequence of panels of 32 columns, so that a panel is read front to back exactly once:
 //   fp32  [N/32][K][32]
-//   bf16  [N/32][K/2][32][2]: two successive k side by side in 32 bits, the layout of AMX tiles and of vdpbf16ps;
-//         without those instructions a shift and a mask turn the pair into two fp32 vectors.
+//   bf16  [N/32][K/2][32][2]: two successive k side by side in 32 bits, which is what AMX tiles want; without AMX a
+//         shift and a mask turn the pair into two fp32 vectors.
 // Columns are padded with zeros to a multiple of 32, and K of bf16 too. Sums are fp32.
 // Knows nothing of threads, epilogues or where x comes from.
 #pragma once
@@ -17,7 +17,10 @@ constexpr int FULL_NV = PANEL / VL;               // vectors across a panel
 constexpr int MAX_MR = NUM_REGS == 32 ? 12 : 4;   // most rows of a tile
 constexpr int NARROW_NV = VL == 16 ? 1 : 2;       // vectors across a tile of many rows on a narrow machine
 // Bytes ahead of the read that are prefetched; measured best of 0 to 4608 at 1 to 8 rows on a Cascade Lake.
-constexpr int PREFETCH = 4608;
+#ifndef WG_PREFETCH
+#define WG_PREFETCH 4608
+#endif
+constexpr int PREFETCH = WG_PREFETCH;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -92,31 +95,5 @@ struct Bf16Panel {
         for (int j = 0; j < NV; j++) acc[m][j] += odd_acc[m][j];
   }
 };
-
-#if defined(__AVX512BF16__)
-struct Bf16DotPanel : Bf16Panel {
-  using X = bf16;
-
-  template <int MR, int NV>
-  static inline __attribute__((always_inline)) void multiply(const X* x, int64_t ldx, const Element* w, int64_t K,
-                                                             vf (&acc)[MR][NV]) {
-    for (int64_t k = 0; k < K; k += 2, w += PANEL) {
-      __m512bh column[NV];
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; j++) column[j] = (__m512bh)_mm512_loadu_si512(w + j * VL);
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; j++) __builtin_prefetch(reinterpret_cast<const char*>(w + j * VL) + PREFETCH);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; m++) {
-        int32_t pair;
-        memcpy(&pair, x + m * ldx + k, 4);
-        const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-        for (int j = 0; j < NV; j++) acc[m][j] = (vf)_mm512_dpbf16_ps((__m512)acc[m][j], value, column[j]);
-      }
-    }
-  }
-};
-#endif
 
 }  // namespace wg

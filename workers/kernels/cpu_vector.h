@@ -126,6 +126,24 @@ inline float reduce(vf v, Combine combine) {
 inline float hsum(vf v) {
   return reduce(v, [](auto a, auto b) { return a + b; });
 }
+// sums[i] = hsum(v[i]) for four vectors, which share the last steps.
+inline void hsum4(const vf* v, float* sums) {
+#if defined(__AVX2__)
+  __m128 x[4];
+  for (int i = 0; i < 4; i++) {
+#if defined(__AVX512F__)
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v[i], 1));
+    const __m256 eight = _mm512_castps512_ps256((__m512)v[i]) + high;
+#else
+    const __m256 eight = (__m256)v[i];
+#endif
+    x[i] = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+  }
+  _mm_storeu_ps(sums, _mm_hadd_ps(_mm_hadd_ps(x[0], x[1]), _mm_hadd_ps(x[2], x[3])));
+#else
+  for (int i = 0; i < 4; i++) sums[i] = hsum(v[i]);
+#endif
+}
 inline float hmax(vf v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }

@@ -3,15 +3,25 @@
 On a CPU they are opaque operators (``torch.ops.warmgraph``) with native kernels. Elsewhere they are plain torch,
 which a compiler sees through and fuses. :mod:`workers.kernels.reference` says what they compute.
 
-Shape suffixes: T = tokens, N = features, H = query heads, K = KV heads, D = head size, P = positions.
+Shape suffixes: T = tokens, N = features, H = query heads, K = KV heads, D = head size, P = positions, V = rows of a
+table.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 import workers.kernels.cpu_ops  # noqa: F401  (defines the operators)
 from workers.kernels import reference
+
+
+def embedding(ids_T: torch.Tensor, weight_VN: torch.Tensor) -> torch.Tensor:
+    """Rows ``ids_T`` (int64) of a table: ``[T, N]``."""
+    if not ids_T.is_cpu:
+        return F.embedding(ids_T, weight_VN)
+    rows: torch.Tensor = torch.ops.warmgraph.embedding(ids_T, weight_VN)
+    return rows
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

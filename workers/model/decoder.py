@@ -15,12 +15,11 @@ import dataclasses
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import workers.attention.op  # noqa: F401  (defines torch.ops.warmgraph.attention)
 from workers.attention.base import AttentionSpec
 from workers.compile.decorator import support_torch_compile
-from workers.kernels.functional import add_rms_norm, apply_rope, rms_norm, silu_and_mul
+from workers.kernels.functional import add_rms_norm, apply_rope, embedding, rms_norm, silu_and_mul
 from workers.kernels.linear import Linear
 from workers.model.config import ModelConfig
 from workers.model.rope import compute_cos_sin_cache
@@ -60,7 +59,7 @@ class Embedding(nn.Module):
 
     def rows(self, input_ids_T: torch.Tensor) -> torch.Tensor:
         """int64 ``[T]`` to ``[T, E]``."""
-        return F.embedding(input_ids_T, self.weight)
+        return embedding(input_ids_T, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -44,6 +44,7 @@ from workers.graphs.resolve import ModeResolution
 from workers.graphs.wrapper import CUDAGraphWrapper
 from workers.model.decoder import DecoderForCausalLM
 from workers.modes import CompilationMode
+from workers.runner.cpu_model import CpuModel
 from workers.runner.input_batch import InputBatch, StepInputs
 from workers.scheduler.output import SchedulerOutput
 
@@ -106,8 +107,12 @@ class GraphedModel:
         self._capturer = GraphCapturer(self._graph_backend, self._dispatcher, self._plan, self._budget, self._run_dummy)
         self._checks_inputs = compilation.debug_graph_inputs
         self.compiled = self._compile(config)
+        is_plain = compile_mode is CompilationMode.NONE and not config.enforce_eager
+        self._run_model = (
+            CpuModel(self.compiled, backend, kv_caches) if is_plain and backend.device.type == "cpu" else self.compiled
+        )
         self._decode = self._wrap(self._decode_logits, CUDAGraphMode.FULL, "decode")
-        self._forward = self._wrap(self.compiled, CUDAGraphMode.FULL, "model")
+        self._forward = self._wrap(self._run_model, CUDAGraphMode.FULL, "model")
 
     def dispatch(self, output: SchedulerOutput) -> tuple[CUDAGraphMode, BatchDescriptor]:
         """The runtime mode and the padded size of a step."""
@@ -183,7 +188,7 @@ class GraphedModel:
         )
 
     def _decode_logits(self, input_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        return self._model.compute_logits(self.compiled(input_ids_T, positions_T))
+        return self._model.compute_logits(self._run_model(input_ids_T, positions_T))
 
     def _run_dummy(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         num_reqs = descriptor.num_reqs or 1
