@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.compile_cases import assert_equals_eager, compile_decoder, tiny_decoder
 from tests.tiny_models import tiny_checkpoint
