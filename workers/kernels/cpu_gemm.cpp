@@ -201,7 +201,7 @@ void amx_tile(const bf16* x, int64_t ldx, const uint32_t* w, int64_t K, bool str
   }
 }
 
-// Rows for AMX: whole tiles of 32 straight from x, the rest from a copy that is padded to 16 or 32 rows.
+// Rows for AMX: whole tiles of 32 straight from x, the rest from a copy that is padded to whole tiles (and K to 32).
 struct AmxRows {
   const bf16 *x, *tail;
   int64_t ldx, ld_tail, num_rows, num_whole;
@@ -210,8 +210,9 @@ struct AmxRows {
     alignas(64) float c[4][16][16];
     for (int64_t row = 0; row < num_rows; row += 32) {
       const int64_t left = num_rows - row;
-      const bool is_tail = row >= num_whole;
-      (left > 16 ? amx_tile<2> : amx_tile<1>)(is_tail ? tail : x + row * ldx, is_tail ? ld_tail : ldx, w, K, row == 0, c);
+      const bool is_whole = row < num_whole;
+      const bf16* const from = is_whole ? x + row * ldx : tail + (row - num_whole) * ld_tail;
+      (left > 16 ? amx_tile<2> : amx_tile<1>)(from, is_whole ? ldx : ld_tail, w, K, row == 0, c);
       for (int t = 0; t < (left > 16 ? 4 : 2); t++)
         out.put_rows(first_row + row + t / 2 * 16, n + t % 2 * 16, reinterpret_cast<const vf*>(c[t]),
                      int(std::min<int64_t>(16, left - t / 2 * 16)), 1);
@@ -229,10 +230,7 @@ void linear_amx(const bf16* x, int64_t ldx, const uint32_t* packed, const bf16* 
   bf16* const copy = scratch.get<bf16>(size_t(std::min(block, round_up(M, 32)) * ld_tail));
   for (int64_t first = 0; first < M; first += block) {
     AmxRows rows{x + first * ldx, copy, ldx, ld_tail, std::min(block, M - first), 0};
-    if (padded_k == K)
-      rows.num_whole = rows.num_rows / 32 * 32;
-    else
-      rows.x = copy, rows.ldx = ld_tail;
+    if (padded_k == K) rows.num_whole = rows.num_rows / 32 * 32;
     for (int64_t m = rows.num_whole; m < round_up(rows.num_rows, 16); m++)
       convert_row(x + (first + std::min(m, rows.num_rows - 1)) * ldx, copy + (m - rows.num_whole) * ld_tail,
                   m < rows.num_rows ? K : 0, padded_k);
