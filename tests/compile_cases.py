@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,6 +19,8 @@ from workers.compile.model import CompiledModel, compile_model
 from workers.compile.stitch import WrapPiece
 from workers.compile.store import PieceStore
 from workers.config import CompilationConfig
+from workers.kernels import cpu_ops, reference
+from workers.model import decoder
 from workers.model.config import ModelConfig
 from workers.model.decoder import DecoderForCausalLM
 from workers.model.loader import load_model
@@ -32,6 +35,20 @@ def tiny_decoder(name: str) -> DecoderForCausalLM:
     folder = tiny_checkpoint(name)
     with torch.inference_mode():
         return load_model(folder, ModelConfig.from_folder(folder), torch.float32, CPU)
+
+
+def use_plain_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have models on the CPU compute in plain torch, as they do on a GPU, so that a compiler sees every operation."""
+    monkeypatch.setattr(cpu_ops, "is_available", lambda: False)
+    for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "apply_rope"):
+        monkeypatch.setattr(decoder, name, getattr(reference, name))
+    monkeypatch.setattr(decoder, "embedding", torch.nn.functional.embedding)
+
+
+def plain_decoder(name: str) -> DecoderForCausalLM:
+    """A tiny model of its own, for :func:`use_plain_forms`."""
+    model: DecoderForCausalLM = tiny_decoder.__wrapped__(name)
+    return model
 
 
 def example_args(num_tokens: int = 8) -> dict[str, torch.Tensor]:

@@ -25,9 +25,11 @@ from workers.compile import PieceInfo, compile_model, support_torch_compile
 from workers.compile.compiler import SplitModel, split_model
 from workers.compile.errors import CompileError, DamagedPieceError, GraphBreakError, PlanMismatchError
 from workers.compile.passes.standard import standard_passes
+from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import OpStep, PieceStep, Plan
 from workers.compile.stitch import source
 from workers.compile.store import MemoryPieceStore
+from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
 
 
@@ -220,10 +222,25 @@ def test_a_damaged_piece_is_not_run() -> None:
         compile_mixing(MixingModel(2), store=store)
 
 
+def transposed(model: MixingModel) -> MixingModel:
+    """The same values in another layout."""
+    layer: Any = model.layers[1]
+    layer.linear.weight = nn.Parameter(layer.linear.weight.t().contiguous().t(), False)
+    return model
+
+
 def test_a_plan_for_other_weights_is_not_run() -> None:
     store = MemoryPieceStore()
-    compile_mixing(MixingModel(2), store=store)
-    model = MixingModel(2)
-    model.layers[1].linear.weight = nn.Parameter(model.layers[1].linear.weight.t().contiguous().t(), False)
+    plan = compile_mixing(MixingModel(2), store=store).plan
+    assert plan is not None
     with pytest.raises(PlanMismatchError, match=r"layers\.1\.linear\.weight has stride \[1, 8\], not \[8, 1\]"):
-        compile_mixing(model, store=store)
+        PiecewiseModel(plan, weight_names(transposed(MixingModel(2))), store, "fx")
+
+
+def test_other_weights_get_a_plan_of_their_own() -> None:
+    store = MemoryPieceStore()
+    compile_mixing(MixingModel(2), store=store)
+    model = transposed(MixingModel(2))
+    compiled = compile_mixing(model, store=store)
+    assert not compiled.report.is_warm
+    torch.testing.assert_close(compiled(mixing_inputs()), model(mixing_inputs()))

@@ -16,6 +16,7 @@ from torch import fx, nn
 from workers.compile import torch_compat
 from workers.compile.counters import CompileCounters
 from workers.compile.errors import RecompileError
+from workers.compile.specialize import TYPICAL_SIZE
 from workers.compile.trace import example_copies, fresh_forward, run_dynamo
 from workers.graphs.context import ForwardContext, set_forward_context
 
@@ -59,7 +60,9 @@ class DynamoModel:
         )
         # Attention has neither metadata nor a cache yet: it writes zeros.
         with torch.inference_mode(), set_forward_context(ForwardContext(None, None, ())):
-            run_dynamo(self._compiled, example_copies(example_args, dims))
+            # Without guards one token takes the code of many. With them it would not, unless nothing is assumed.
+            size = None if keeps_guards else TYPICAL_SIZE
+            run_dynamo(self._compiled, example_copies(example_args, dims, size=size))
         self._is_started = True
         logger.info("compiled in %.2f s", time.perf_counter() - started)
 

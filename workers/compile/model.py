@@ -25,12 +25,16 @@ from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
 from workers.compile.stitch import WrapPiece
 from workers.compile.store import MemoryPieceStore, PieceStore
-from workers.compile.weights import weight_names
+from workers.compile.weights import tensor_spec, weight_names
 from workers.config import CompilationConfig
 from workers.modes import CompilationMode
 
 #: Ops that stay outside of pieces if the caller names none.
 ATTENTION_OPS = ("warmgraph::attention",)
+
+#: Inductor options unless the config says otherwise. What pieces take is settled by the plan and by the check of the
+#: arguments; asserting it again in each piece would cost the host as much as launching its kernels.
+DEFAULT_OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ def compile_model(
             example_args,
             dynamic_arg_dims(model),
             keeps_guards=mode is CompilationMode.STOCK_TORCH_COMPILE,
-            options=config.inductor_compile_config,
+            options=DEFAULT_OPTIONS | config.inductor_compile_config,
             counters=counters,
         )
         return CompiledModel(dynamo, CompileReport(mode, time.perf_counter() - started), counters)
@@ -128,7 +132,7 @@ def compile_model(
         pieces.store,
         piece_format,
         sizes=config.compile_sizes,
-        options=config.inductor_compile_config,
+        options=DEFAULT_OPTIONS | config.inductor_compile_config,
         wrap_piece=wrap_piece,
         counters=counters,
     )
@@ -137,6 +141,12 @@ def compile_model(
         mode, time.perf_counter() - started, is_warm, piece_format, len(calls), len(set(calls)), plan.passes
     )
     return CompiledModel(piecewise, report, counters, plan)
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """A digest of the weights' names, shapes, dtypes and layouts."""
+    specs = [dataclasses.astuple(tensor_spec(name, tensor)) for name, tensor in weight_names(model).items()]
+    return hashlib.sha256(json.dumps(specs).encode()).hexdigest()
 
 
 class PieceCompilation:
@@ -161,7 +171,7 @@ class PieceCompilation:
         self._splitting_ops = splitting_ops
         self._dims = dynamic_arg_dims(model)
         self._passes: PassManager = standard_passes(config.pass_config)
-        self._options = dict(config.inductor_compile_config)
+        self._options = DEFAULT_OPTIONS | config.inductor_compile_config
         self._sizes: list[int | None] = [None, *sorted(set(config.compile_sizes))]
         device = next(iter(example_args.values())).device
         self._formats = config.piece_formats(device.type)
@@ -171,6 +181,7 @@ class PieceCompilation:
             "splitting_ops": list(splitting_ops),
             "passes": self._passes.uuids(),
             "inductor": self._options,
+            "weights": _weights_digest(model),
         }
 
     @property

@@ -1,4 +1,10 @@
-"""A piece for one value of its dynamic dimension: the same operations with every size a number.
+"""A piece as a compiler should see it: for one size of its dynamic dimension, or for any.
+
+The trace gives the dynamic dimension a size that nothing is known about, so that 0 and 1 are not special. A compiler
+does worse with such sizes: Inductor, for one, scores every fusion by the bytes it saves, takes those of an unknown size
+for zero, and leaves most kernels apart. So a piece is compiled for a symbol with a typical value instead. Whatever the
+compiler concludes from that value is checked by nobody; it holds for one token too as long as the piece's operations
+treat tokens alike.
 
 Knows graphs and fake tensors only.
 """
@@ -10,15 +16,26 @@ from typing import Any
 import torch
 from torch import fx
 
+#: The typical size. Inductor picks launch shapes by it; the smallest power of two that fills a large GPU with rows.
+TYPICAL_SIZE = 256
+
 
 def specialize(graph: fx.GraphModule, size: int | None) -> fx.GraphModule:
-    """A copy of a piece whose dynamic sizes are ``size``; with None the copy is as dynamic as the piece.
+    """A copy of a piece with new example values.
 
     Compilers change the graphs they are given, so they get a copy in any case.
+
+    Args:
+        size: Of every dynamic dimension; None stands for any size.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     copy = fx.GraphModule(torch.nn.Module(), _copy_with_values(graph.graph))
-    if size is not None:
-        _Static(copy, size).replace_values()
+    shape_env = ShapeEnv(specialize_zero_one=False)
+    symbol = _new_symbol(shape_env) if size is None else size
+    with FakeTensorMode(shape_env=shape_env), torch.no_grad():
+        _Revaluation(copy).revalue(symbol)
     return copy
 
 
@@ -33,21 +50,27 @@ def _copy_with_values(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-class _Static(fx.Interpreter):
-    """Runs a graph on fake tensors of fixed sizes and writes down what every node gives."""
+def _new_symbol(shape_env: Any) -> torch.SymInt:
+    """A size with a typical value that no input's shape decides."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-    def __init__(self, graph: fx.GraphModule, size: int) -> None:
+    source = ConstantSource("num_tokens")
+    symbol = shape_env.create_symbol(TYPICAL_SIZE, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    size: torch.SymInt = shape_env.create_symintnode(symbol, hint=TYPICAL_SIZE, source=source)
+    return size
+
+
+class _Revaluation(fx.Interpreter):
+    """Runs a graph on new fake tensors and writes down what every node gives."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self._placeholders = graph.graph.find_nodes(op="placeholder")
-        self._size = size
 
-    def replace_values(self) -> None:
+    def revalue(self, size: int | torch.SymInt) -> None:
         """Replace every node's example value."""
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-        with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
-            self.run(*[self._tensor(node.meta["example_value"]) for node in self._placeholders])
+        self.run(*[_tensor(node.meta["example_value"], size) for node in self._placeholders])
 
     def run_node(self, n: fx.Node) -> Any:
         """Run and record."""
@@ -56,13 +79,20 @@ class _Static(fx.Interpreter):
             n.meta["example_value"] = result
         return result
 
-    def _tensor(self, dynamic: torch.Tensor) -> torch.Tensor:
-        shape = [self._number(size) for size in dynamic.shape]
-        stride = [self._number(step) for step in dynamic.stride()]
-        return torch.empty_strided(shape, stride, dtype=dynamic.dtype, device=dynamic.device)
 
-    def _number(self, size: int | torch.SymInt) -> int:
-        if not isinstance(size, torch.SymInt):
-            return size
-        expression = size.node.expr
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, self._size)))
+def _tensor(dynamic: torch.Tensor, size: int | torch.SymInt) -> torch.Tensor:
+    """A tensor like ``dynamic`` with every symbol replaced by ``size``."""
+    shape = [_evaluate(value, size) for value in dynamic.shape]
+    stride = [_evaluate(value, size) for value in dynamic.stride()]
+    return torch.empty_strided(shape, stride, dtype=dynamic.dtype, device=dynamic.device)
+
+
+def _evaluate(value: int | torch.SymInt, size: int | torch.SymInt) -> int | torch.SymInt:
+    if not isinstance(value, torch.SymInt):
+        return value
+    import sympy  # type: ignore[import-untyped]
+
+    expression = value.node.expr
+    symbols = sorted(expression.free_symbols, key=str)
+    result: int | torch.SymInt = sympy.lambdify(symbols, expression)(*[size] * len(symbols))
+    return result

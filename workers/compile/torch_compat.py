@@ -6,9 +6,10 @@ compiler; the functions do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ def mark_unbacked(tensor: torch.Tensor, dim: int) -> None:
     mark(tensor, dim)
 
 
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Give ``dim`` a symbolic size whose typical value is the tensor's own; sizes 0 and 1 remain special."""
+    from torch._dynamo.decorators import mark_dynamic as mark
+
+    mark(tensor, dim)
+
+
 def user_line(error: Exception) -> str:
     """``file:line`` of the model's code that an error of Dynamo points at."""
     stack: traceback.StackSummary | None = getattr(error, "real_stack", None)
@@ -31,6 +39,20 @@ def user_line(error: Exception) -> str:
         frame = stack[-1]
         return f"{frame.filename}:{frame.lineno} ({(frame.line or frame.name).strip()})"
     return "The model"
+
+
+@contextlib.contextmanager
+def kept_whole(functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Have Dynamo record calls of these functions as single nodes, inside the ``with`` block only."""
+    from torch._dynamo import allow_in_graph, trace_rules
+
+    for function in functions:
+        allow_in_graph(function)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for function in functions:
+            trace_rules._allowed_callable_ids.remove(id(function))
 
 
 def first_line(function: Callable[..., Any]) -> str:

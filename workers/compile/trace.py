@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from workers.compile import torch_compat
+from workers.compile.composites import COMPOSITES
 from workers.compile.errors import CompileError, GraphBreakError
 from workers.compile.weights import weight_names
 
@@ -52,8 +53,14 @@ def fresh_forward(model: nn.Module) -> Callable[..., Any]:
     return types.MethodType(copied, model)
 
 
-def example_copies(example_args: Mapping[str, torch.Tensor], dims: Mapping[str, int]) -> list[torch.Tensor]:
-    """Copies of the example arguments with their dynamic dimension marked as unknown, 0 and 1 included.
+def example_copies(
+    example_args: Mapping[str, torch.Tensor], dims: Mapping[str, int], *, size: int | None = None
+) -> list[torch.Tensor]:
+    """Copies of the example arguments with their dynamic dimension marked as one that varies.
+
+    Args:
+        size: A typical size, to which the copies are repeated or cut, and to which nothing is specialised that holds
+            from 2 on. None marks a size that nothing is known about, 0 and 1 included.
 
     Raises:
         CompileError: An argument is missing, or has no such dimension.
@@ -65,7 +72,13 @@ def example_copies(example_args: Mapping[str, torch.Tensor], dims: Mapping[str, 
         copy = example_args[name].clone()
         if not -copy.dim() <= dim < copy.dim():
             raise CompileError(f"Argument {name} has {copy.dim()} dimensions, so dimension {dim} cannot be dynamic.")
-        torch_compat.mark_unbacked(copy, dim % copy.dim())
+        dim %= copy.dim()
+        if size is None:
+            torch_compat.mark_unbacked(copy, dim)
+        else:
+            rows = torch.arange(size, device=copy.device) % copy.shape[dim]
+            copy = copy.index_select(dim, rows)
+            torch_compat.mark_dynamic(copy, dim)
         copies.append(copy)
     return copies
 
@@ -92,7 +105,8 @@ def trace(model: nn.Module, example_args: Mapping[str, torch.Tensor], dims: Mapp
 
     with torch.inference_mode(False), torch.no_grad():
         copies = example_copies(example_args, dims)
-        result = run_dynamo(torch.compile(fresh_forward(model), backend=keep, fullgraph=True), copies)
+        with torch_compat.kept_whole(COMPOSITES):
+            result = run_dynamo(torch.compile(fresh_forward(model), backend=keep, fullgraph=True), copies)
     assert len(captured) == 1
     graph, inputs = captured[0]
     if result is not None and (type(result) is not tuple or any(item is not None for item in result)):

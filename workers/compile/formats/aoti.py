@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from workers.compile import torch_compat
+from workers.compile.composites import lower
 from workers.compile.errors import CompileError
 from workers.compile.formats.base import PieceFormat
 from workers.compile.shared_library import check_shared_cxx_runtime, shared_runtime_compiler
@@ -42,12 +44,11 @@ class AOTInductorFormat(PieceFormat):
         Raises:
             UnlinkablePieceError: The library would not load safely.
         """
-        from workers.compile import torch_compat
-
         torch_compat.prepare_inductor()
         import torch._inductor
         from torch._inductor.package.package import package_aoti
 
+        graph = lower(graph)
         inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
         compiler = os.environ.get("CXX", "g++")
         with (

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from workers.compile import torch_compat
+from workers.compile.composites import lower
 from workers.compile.formats.base import PieceFormat
 from workers.compile.stitch import LoadedPiece
 
@@ -28,6 +29,7 @@ class StandaloneFormat(PieceFormat):
         from torch._inductor import standalone_compile
 
         torch_compat.prepare_inductor()
+        graph = lower(graph)
         inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
         with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             artifact = standalone_compile(
