@@ -34,10 +34,12 @@ class SplitModel:
 
     Attributes:
         graphs: Unique pieces by key, in the order of their first call.
+        full_graph: What was split, after the passes.
     """
 
     plan: Plan
     graphs: dict[str, fx.GraphModule]
+    full_graph: fx.GraphModule
 
 
 def split_model(
@@ -68,7 +70,7 @@ def split_model(
     plan.factors, plan.passes = dict(factors), matches
     calls = plan.piece_calls()
     logger.info("traced in %.2f s: %d pieces, %d of them unique", traced.seconds, len(calls), len(graphs))
-    return SplitModel(plan, graphs)
+    return SplitModel(plan, graphs, traced.graph)
 
 
 def build_pieces(

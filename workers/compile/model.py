@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from workers.compile.store import MemoryPieceStore, PieceStore
 from workers.compile.weights import tensor_spec, weight_names
 from workers.config import CompilationConfig
 from workers.modes import CompilationMode
+
+if TYPE_CHECKING:
+    from workers.compile.compiler import SplitModel
 
 #: Ops that stay outside of pieces if the caller names none.
 ATTENTION_OPS = ("warmgraph::attention",)
@@ -208,11 +211,11 @@ class PieceCompilation:
                     return plan, name, True
         return self.build(self._formats[-1], counters), self._formats[-1], False
 
-    def build(self, piece_format: str, counters: CompileCounters) -> Plan:
-        """Trace, compile the pieces that the stored plan lacks in this format, and store the plan."""
-        from workers.compile.compiler import build_pieces, split_model
+    def split(self) -> SplitModel:
+        """Trace and split; compiles nothing."""
+        from workers.compile.compiler import split_model
 
-        split = split_model(
+        return split_model(
             self._model,
             self._example_args,
             self._dims,
@@ -220,6 +223,12 @@ class PieceCompilation:
             passes=self._passes,
             factors=self.factors,
         )
+
+    def build(self, piece_format: str, counters: CompileCounters) -> Plan:
+        """Trace, compile the pieces that the stored plan lacks in this format, and store the plan."""
+        from workers.compile.compiler import build_pieces
+
+        split = self.split()
         counters.num_traces += 1
         # Read after the trace: another process may have added builds meanwhile.
         stored = self.stored_plan()
