@@ -11,6 +11,7 @@ import sys
 import typer
 from rich.console import Console
 
+from cluster.cli import compile as compile_command
 from cluster.cli import config as config_command
 from cluster.cli import k8s as k8s_command
 from cluster.cli import model as model_command
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve_command.serve)
+app.add_typer(compile_command.app)
 app.add_typer(config_command.app)
 app.add_typer(k8s_command.app)
 app.add_typer(model_command.app)
