@@ -11,7 +11,6 @@ tokens. Ends in one JSON line.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import subprocess
@@ -63,6 +62,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--formats", nargs="+", help="piece formats; default: standalone aoti, and fx on a cpu")
     parser.add_argument("--modes", action="store_true", help="also time modes STOCK_TORCH_COMPILE, DYNAMO_TRACE_ONCE")
+    parser.add_argument("--ablation", action="store_true", help="also time pieces without each of the passes")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each phase, on a cpu")
     parser.add_argument("--phase", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -79,6 +79,10 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
     formats = args.formats or (["standalone", "aoti"] if args.device == "cuda" else ["fx", "standalone", "aoti"])
     phases = ["eager", *(f"{stage}-{name}" for name in formats for stage in ("cold", "warm"))]
     phases += ["stock_torch_compile", "dynamo_trace_once"] if args.modes else []
+    if args.ablation:
+        from workers.compile.passes.standard import standard_passes
+
+        phases += [f"without-{name}" for name in standard_passes().uuids()]
     with tempfile.TemporaryDirectory() as folder:
         config = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -156,12 +160,16 @@ def measure(run: DecodeRun, phase: str, folder: Path) -> dict[str, Any]:
 
     clock, files_before = run.clock, cache_files()
     stage, _, name = phase.partition("-")
-    has_pieces = stage in ("cold", "warm")
-    if name == "standalone":
-        importlib.import_module("torch._inductor.standalone_compile")
+    has_pieces = stage in ("cold", "warm", "without")
+    is_ablation = stage == "without"
+    piece_format = "standalone" if is_ablation else name or "auto"
+    if piece_format == "standalone":
+        from workers.compile.prefetch import wait_for_compiler
+
+        wait_for_compiler()
     clock.lap("import_compiler_s")
     mode = CompilationMode.VLLM_COMPILE if has_pieces else CompilationMode[{"eager": "NONE"}.get(stage, stage.upper())]
-    config = CompilationConfig(mode=mode, piece_format=name or "auto")
+    config = CompilationConfig(mode=mode, piece_format=piece_format, pass_config={name: False} if is_ablation else {})
     store = LocalPieceStore(folder / "store")
     example = {"input_ids_T": run.ids(8), "positions_T": run.ids(8)}
     model = compile_model(run.model, config, example, store=store)
@@ -171,7 +179,9 @@ def measure(run: DecodeRun, phase: str, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"tokens": tokens, "unique_pieces": model.report.num_unique_pieces}
     result["new_cache_files"] = cache_files() - files_before
     if model.plan is not None:
-        builds = [build for piece in model.plan.pieces.values() for build in piece.builds if build.format == name]
+        builds = [
+            build for piece in model.plan.pieces.values() for build in piece.builds if build.format == piece_format
+        ]
         result["builds"] = [(build.seconds, build.num_bytes) for build in builds]
         result["passes"] = dict(model.report.passes)
     result["decode_step_us"] = run.time_decode(model)

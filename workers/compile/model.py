@@ -23,6 +23,7 @@ from workers.compile.passes.manager import PassManager
 from workers.compile.passes.standard import standard_passes
 from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
+from workers.compile.prefetch import wait_for_compiler
 from workers.compile.stitch import WrapPiece
 from workers.compile.store import MemoryPieceStore, PieceStore
 from workers.compile.weights import tensor_spec, weight_names
@@ -116,6 +117,7 @@ def compile_model(
     if mode is CompilationMode.NONE:
         return CompiledModel(model, CompileReport(mode, time.perf_counter() - started), counters)
     if mode is not CompilationMode.VLLM_COMPILE:
+        wait_for_compiler()
         from workers.compile.dynamo_model import DynamoModel
 
         dynamo = DynamoModel(
@@ -226,6 +228,7 @@ class PieceCompilation:
 
     def build(self, piece_format: str, counters: CompileCounters) -> Plan:
         """Trace, compile the pieces that the stored plan lacks in this format, and store the plan."""
+        wait_for_compiler(only_if_begun=piece_format == "fx")
         from workers.compile.compiler import build_pieces
 
         split = self.split()

@@ -16,6 +16,7 @@ from torch import fx
 from workers.compile import torch_compat
 from workers.compile.composites import lower
 from workers.compile.formats.base import PieceFormat
+from workers.compile.prefetch import wait_for_compiler
 from workers.compile.stitch import LoadedPiece
 
 
@@ -41,6 +42,7 @@ class StandaloneFormat(PieceFormat):
 
     def load(self, data: bytes) -> LoadedPiece:
         """Unpickle; what it holds refers to torch's own modules only."""
+        wait_for_compiler()
         from torch._inductor.standalone_compile import CompiledArtifact
 
         torch_compat.prepare_inductor()
