@@ -72,8 +72,8 @@ void tile_rows(const typename Kind::X* x, int64_t ldx, const typename Kind::Elem
 }
 
 template <class Kind, class T>
-using TileFn = void (*)(const typename Kind::X*, int64_t, const typename Kind::Element*, int64_t, int,
-                        const Output<T>&, int64_t, int64_t);
+using TileFn = void (*)(const typename Kind::X*, int64_t, const typename Kind::Element*, int64_t, int, const Output<T>&,
+                        int64_t, int64_t);
 
 template <class Kind, class T, int... I>
 TileFn<Kind, T> tile_for(int rows, std::integer_sequence<int, I...>) {
@@ -141,9 +141,8 @@ void linear(const T* x, int64_t ldx, const typename Kind::Element* packed, const
     int64_t rows_ld = ldx;
     if (!in_place) {
       const int converters = rows * padded_k < 16384 ? 1 : threads;
-      parallel_for(rows, 8, converters, [&](int64_t m) {
-        convert_row(x + (first + m) * ldx, copy + m * copy_ld, K, padded_k);
-      });
+      parallel_for(rows, 8, converters,
+                   [&](int64_t m) { convert_row(x + (first + m) * ldx, copy + m * copy_ld, K, padded_k); });
       rows_x = copy;
       rows_ld = copy_ld;
     }
@@ -275,7 +274,8 @@ void pack(const T* weight, T* packed, int64_t N, int64_t K, int64_t padded_k, in
       memcpy(rows + n * ld, weight + (p * PANEL + n) * K, size_t(K) * sizeof(T));
     Step* to = reinterpret_cast<Step*>(packed + p * PANEL * padded_k);
     for (int64_t k = 0; k < steps; k++, to += PANEL)
-      for (int64_t n = 0; n < PANEL; n++) memcpy(to + n, reinterpret_cast<const char*>(rows + n * ld) + k * int64_t(sizeof(Step)), sizeof(Step));
+      for (int64_t n = 0; n < PANEL; n++)
+        memcpy(to + n, reinterpret_cast<const char*>(rows + n * ld) + k * int64_t(sizeof(Step)), sizeof(Step));
   });
 }
 
@@ -294,7 +294,8 @@ using wg::bf16;
 
 void wg_pack(const void* weight, void* packed, int64_t N, int64_t K, int is_bf16, int threads) {
   if (is_bf16)
-    wg::pack<bf16, uint32_t>(static_cast<const bf16*>(weight), static_cast<bf16*>(packed), N, K, wg::Bf16Panel::padded_k(K), threads);
+    wg::pack<bf16, uint32_t>(static_cast<const bf16*>(weight), static_cast<bf16*>(packed), N, K,
+                             wg::Bf16Panel::padded_k(K), threads);
   else
     wg::pack<float, float>(static_cast<const float*>(weight), static_cast<float*>(packed), N, K, K, threads);
 }
@@ -305,14 +306,15 @@ void wg_unpack_rows(const int64_t* rows, const void* packed, void* out, int64_t 
     wg::unpack_rows<bf16, 2>(rows, static_cast<const bf16*>(packed), static_cast<bf16*>(out), num_rows, K,
                              wg::Bf16Panel::padded_k(K), threads);
   else
-    wg::unpack_rows<float, 1>(rows, static_cast<const float*>(packed), static_cast<float*>(out), num_rows, K, K, threads);
+    wg::unpack_rows<float, 1>(rows, static_cast<const float*>(packed), static_cast<float*>(out), num_rows, K, K,
+                              threads);
 }
 
-void wg_linear(const void* x, int64_t ldx, const void* packed, const void* bias, void* y, int64_t M, int64_t N, int64_t K,
-               int is_bf16, int threads) {
+void wg_linear(const void* x, int64_t ldx, const void* packed, const void* bias, void* y, int64_t M, int64_t N,
+               int64_t K, int is_bf16, int threads) {
   if (is_bf16)
-    wg::linear_bf16(static_cast<const bf16*>(x), ldx, static_cast<const uint32_t*>(packed), static_cast<const bf16*>(bias),
-                    static_cast<bf16*>(y), M, N, K, threads);
+    wg::linear_bf16(static_cast<const bf16*>(x), ldx, static_cast<const uint32_t*>(packed),
+                    static_cast<const bf16*>(bias), static_cast<bf16*>(y), M, N, K, threads);
   else
     wg::linear<wg::Fp32Panel, float>(static_cast<const float*>(x), ldx, static_cast<const float*>(packed),
                                      static_cast<const float*>(bias), static_cast<float*>(y), M, N, K, threads);

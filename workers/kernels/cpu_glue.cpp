@@ -95,7 +95,8 @@ using wg::bf16;
 
 void wg_copy_rows(const int64_t* rows, const void* table, void* out, int64_t num_rows, int64_t row_bytes, int threads) {
   wg::parallel_for(num_rows, 16, wg::threads_for(num_rows * row_bytes, threads), [&](int64_t i) {
-    memcpy(static_cast<char*>(out) + i * row_bytes, static_cast<const char*>(table) + rows[i] * row_bytes, size_t(row_bytes));
+    memcpy(static_cast<char*>(out) + i * row_bytes, static_cast<const char*>(table) + rows[i] * row_bytes,
+           size_t(row_bytes));
   });
 }
 

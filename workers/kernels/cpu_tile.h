@@ -12,10 +12,10 @@
 
 namespace wg {
 
-constexpr int PANEL = 32;                         // columns of a panel
-constexpr int FULL_NV = PANEL / VL;               // vectors across a panel
-constexpr int MAX_MR = NUM_REGS == 32 ? 12 : 4;   // most rows of a tile
-constexpr int NARROW_NV = VL == 16 ? 1 : 2;       // vectors across a tile of many rows on a narrow machine
+constexpr int PANEL = 32;                        // columns of a panel
+constexpr int FULL_NV = PANEL / VL;              // vectors across a panel
+constexpr int MAX_MR = NUM_REGS == 32 ? 12 : 4;  // most rows of a tile
+constexpr int NARROW_NV = VL == 16 ? 1 : 2;      // vectors across a tile of many rows on a narrow machine
 // Bytes ahead of the read that are prefetched; measured best of 0 to 4608 at 1 to 8 rows on a Cascade Lake.
 #ifndef WG_PREFETCH
 #define WG_PREFETCH 4608

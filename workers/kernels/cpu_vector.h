@@ -151,7 +151,7 @@ inline float hmax(vf v) {
 // exp(x) to about 1e-7 relative (Cephes expf); 0 below -87.3, infinite above 88.3, NaN for NaN.
 inline vf exp(vf x) {
   const vi underflow = x < -87.3f;
-  x = min(splat(88.8f), max(splat(-87.3f), x));  // in this order a NaN survives
+  x = min(splat(88.8f), max(splat(-87.3f), x));      // in this order a NaN survives
   const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
   const vf n = shifted - 12582912.0f;
   const vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
