@@ -1,8 +1,7 @@
 """Start of a compiled model: cold, and warm in a fresh process, for each piece format, against eager.
 
 Every phase is a process of its own with empty compiler caches: what is warm comes from the piece store alone. A phase
-loads dummy weights, compiles or loads, prefills a few requests and decodes greedily; all phases must give the same
-tokens. Ends in one JSON line.
+loads dummy weights, compiles or loads, prefills a few requests and decodes greedily. Ends in one JSON line.
 
     python benchmarks/compile_warm_start.py --device cuda          # Llama-1B shape, bf16
     python benchmarks/compile_warm_start.py --device cpu           # 12 layers, 512 wide, fp32
@@ -62,6 +61,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--formats", nargs="+", help="piece formats; default: standalone aoti, and fx on a cpu")
     parser.add_argument("--modes", action="store_true", help="also time modes STOCK_TORCH_COMPILE, DYNAMO_TRACE_ONCE")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="batch sizes to compile pieces for once more")
     parser.add_argument("--ablation", action="store_true", help="also time pieces without each of the passes")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each phase, on a cpu")
     parser.add_argument("--phase", help=argparse.SUPPRESS)
@@ -88,10 +88,20 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         results = {phase: start_phase(args, phase, Path(folder)) for phase in phases}
     tokens = {phase: result.pop("tokens", None) for phase, result in results.items()}
+    first_pieces = next(phase for phase in phases if phase.startswith("cold"))
     for phase, result in results.items():
-        result["same_tokens"] = tokens[phase] == tokens["eager"]
+        # Random weights make near-ties, and bf16 breaks them by rounding: kernels of one compiler must agree, and
+        # those of eager nearly. In fp32 all must agree.
+        for name, other in (("eager", "eager"), ("pieces", first_pieces)):
+            result[f"tokens_as_{name}"] = _agreement(tokens[phase], tokens[other])
         print(f"{phase:>20}: {json.dumps(result)}", file=sys.stderr)
     return {"benchmark": "compile_warm_start", "device": args.device, "shape": args.shape, "phases": results}
+
+
+def _agreement(tokens: list[int] | None, others: list[int] | None) -> float:
+    """Share of positions with the same token."""
+    pairs = list(zip(tokens or [], others or [], strict=False))
+    return round(sum(left == right for left, right in pairs) / max(len(pairs), 1), 3)
 
 
 def start_phase(args: argparse.Namespace, phase: str, folder: Path) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def start_phase(args: argparse.Namespace, phase: str, folder: Path) -> dict[str,
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     command = [sys.executable, __file__, "--device", args.device, "--shape", args.shape, "--threads", str(args.threads)]
-    command += ["--phase", phase, "--folder", str(folder)]
+    command += ["--phase", phase, "--folder", str(folder), "--sizes", *map(str, args.sizes)]
     started = time.perf_counter()
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
@@ -140,7 +150,7 @@ def run_phase(args: argparse.Namespace) -> dict[str, Any]:
     with torch.inference_mode():
         run = DecodeRun(torch.device(args.device), args.folder, clock)
         clock.lap("weights_s")
-        result = measure(run, args.phase, args.folder)
+        result = measure(run, args.phase, args.folder, args.sizes)
     from workers.compile.counters import compiler_activity
 
     return {
@@ -152,7 +162,7 @@ def run_phase(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure(run: DecodeRun, phase: str, folder: Path) -> dict[str, Any]:
+def measure(run: DecodeRun, phase: str, folder: Path, sizes: list[int]) -> dict[str, Any]:
     """Compile or load, then the first call, the tokens, and the host's time per decode step."""
     from workers.compile import LocalPieceStore, compile_model
     from workers.config import CompilationConfig
@@ -169,7 +179,12 @@ def measure(run: DecodeRun, phase: str, folder: Path) -> dict[str, Any]:
         wait_for_compiler()
     clock.lap("import_compiler_s")
     mode = CompilationMode.VLLM_COMPILE if has_pieces else CompilationMode[{"eager": "NONE"}.get(stage, stage.upper())]
-    config = CompilationConfig(mode=mode, piece_format=piece_format, pass_config={name: False} if is_ablation else {})
+    config = CompilationConfig(
+        mode=mode,
+        piece_format=piece_format,
+        pass_config={name: False} if is_ablation else {},
+        compile_sizes=sizes,
+    )
     store = LocalPieceStore(folder / "store")
     example = {"input_ids_T": run.ids(8), "positions_T": run.ids(8)}
     model = compile_model(run.model, config, example, store=store)

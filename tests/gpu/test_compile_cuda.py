@@ -135,7 +135,7 @@ MODES = [
     {"mode": "DYNAMO_TRACE_ONCE"},
     {"mode": "VLLM_COMPILE", "piece_format": "fx"},
     {"mode": "VLLM_COMPILE", "piece_format": "standalone", "compile_sizes": [1, 4]},
-    {"mode": "VLLM_COMPILE", "piece_format": "aoti"},
+    {"mode": "VLLM_COMPILE", "piece_format": "aoti", "compile_sizes": [1]},
 ]
 
 
