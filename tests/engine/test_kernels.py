@@ -80,6 +80,26 @@ def test_linear_is_at_least_as_accurate_as_torch(dtype: torch.dtype) -> None:
     assert ours <= (1.01 if dtype is torch.bfloat16 else 8.0) * theirs
 
 
+@pytest.mark.parametrize("num_rows", [1, 4, 8, 40])
+def test_logits_are_not_rounded(num_rows: int) -> None:
+    if not cpu_ops.is_available():
+        pytest.skip("the native kernels cannot be built here")
+    layer, weight = make_linear(576, 1000, True, torch.bfloat16)
+    assert layer.bias is not None
+    x = torch.randn(num_rows, 576).to(torch.bfloat16)
+    logits = layer.logits(x)
+    assert logits.dtype is torch.float32
+    assert_close(logits, F.linear(x.double(), weight.double(), layer.bias.double()))
+
+
+@pytest.mark.usefixtures("either_way")
+def test_logits_are_fp32_either_way() -> None:
+    layer, _ = make_linear(64, 96, False, torch.bfloat16)
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    torch.testing.assert_close(layer.logits(x).to(torch.bfloat16), layer(x))
+    assert layer.logits(x).dtype is torch.float32
+
+
 @pytest.mark.usefixtures("either_way")
 def test_linear_takes_any_shape_and_stride() -> None:
     layer, weight = make_linear(64, 96, True, torch.float32)

@@ -24,9 +24,11 @@
 namespace wg {
 namespace {
 
+// Where results go: in the dtype of x, or fp32.
 template <class T>
 struct Output {
-  T* y;
+  void* y;
+  bool y_is_fp32;
   int64_t ldy;
   const T* bias;  // or null
   int64_t num_columns;
@@ -41,16 +43,22 @@ struct Output {
     put_rows(m, n, copy, MR, WIDTH);
   }
   __attribute__((noinline)) void put_rows(int64_t m, int64_t n, const vf* sums, int num_rows, int width) const {
-    for (int j = 0; j < width; j++, n += VL) {
-      const int64_t left = num_columns - n;
-      if (left <= 0) return;
-      const vf b = bias == nullptr ? vf{} : load_upto(bias + n, left);
-      T* to = y + m * ldy + n;
-      if (left >= VL)
-        for (int i = 0; i < num_rows; i++, to += ldy) store(to, sums[i * width + j] + b);
+    for (int j = 0; j < width && n < num_columns; j++, n += VL) {
+      const vf b = bias == nullptr ? vf{} : load_upto(bias + n, num_columns - n);
+      if (y_is_fp32)
+        put_column(static_cast<float*>(y) + m * ldy + n, num_columns - n, sums + j, num_rows, width, b);
       else
-        for (int i = 0; i < num_rows; i++, to += ldy) store_part(to, sums[i * width + j] + b, int(left));
+        put_column(static_cast<T*>(y) + m * ldy + n, num_columns - n, sums + j, num_rows, width, b);
     }
+  }
+
+ private:
+  template <class Y>
+  void put_column(Y* to, int64_t left, const vf* sums, int num_rows, int width, vf b) const {
+    if (left >= VL)
+      for (int i = 0; i < num_rows; i++, to += ldy) store(to, sums[i * width] + b);
+    else
+      for (int i = 0; i < num_rows; i++, to += ldy) store_part(to, sums[i * width] + b, int(left));
   }
 };
 
@@ -123,7 +131,7 @@ struct Columns {
 };
 
 template <class Kind, class T>
-void linear(const T* x, int64_t ldx, const typename Kind::Element* packed, const T* bias, T* y, int64_t M, int64_t N,
+void linear(const T* x, int64_t ldx, const typename Kind::Element* packed, const Output<T>& out, int64_t M, int64_t N,
             int64_t K, int threads) {
   using X = typename Kind::X;
   static thread_local Scratch scratch;
@@ -132,7 +140,6 @@ void linear(const T* x, int64_t ldx, const typename Kind::Element* packed, const
   const int64_t copy_ld = spread(padded_k, sizeof(X));
   const int64_t panel_elements = padded_k / Kind::K_STEP * PANEL;
   const int64_t block = std::max<int64_t>(MAX_MR, 131072 / padded_k / MAX_MR * MAX_MR);  // rows: half a MB of fp32
-  const Output<T> out{y, N, bias, N};
   X* const copy = in_place ? nullptr : scratch.get<X>(size_t(std::min(block, M) * copy_ld));
 
   for (int64_t first = 0; first < M; first += block) {
@@ -219,12 +226,11 @@ struct AmxRows {
   }
 };
 
-void linear_amx(const bf16* x, int64_t ldx, const uint32_t* packed, const bf16* bias, bf16* y, int64_t M, int64_t N,
+void linear_amx(const bf16* x, int64_t ldx, const uint32_t* packed, const Output<bf16>& out, int64_t M, int64_t N,
                 int64_t K, int threads) {
   static thread_local Scratch scratch;
   const int64_t padded_k = round_up(K, 32), ld_tail = spread(padded_k, sizeof(bf16));
   const int64_t block = std::max<int64_t>(32, 524288 / padded_k / 32 * 32);  // rows: a MB
-  const Output<bf16> out{y, N, bias, N};
   const int64_t num_panels = round_up(N, PANEL) / PANEL;
   bf16* const copy = scratch.get<bf16>(size_t(std::min(block, round_up(M, 32)) * ld_tail));
   for (int64_t first = 0; first < M; first += block) {
@@ -247,12 +253,12 @@ void linear_amx(const bf16* x, int64_t ldx, const uint32_t* packed, const bf16* 
 }
 #endif
 
-void linear_bf16(const bf16* x, int64_t ldx, const uint32_t* packed, const bf16* bias, bf16* y, int64_t M, int64_t N,
+void linear_bf16(const bf16* x, int64_t ldx, const uint32_t* packed, const Output<bf16>& out, int64_t M, int64_t N,
                  int64_t K, int threads) {
 #if WG_AMX
-  if (M >= WG_AMX_MIN_ROWS && amx_permitted()) return linear_amx(x, ldx, packed, bias, y, M, N, K, threads);
+  if (M >= WG_AMX_MIN_ROWS && amx_permitted()) return linear_amx(x, ldx, packed, out, M, N, K, threads);
 #endif
-  linear<Bf16Panel, bf16>(x, ldx, packed, bias, y, M, N, K, threads);
+  linear<Bf16Panel, bf16>(x, ldx, packed, out, M, N, K, threads);
 }
 
 // Where element (n, k) of a weight lies in its packed form, in units of K_STEP elements: (panel, k / step, column).
@@ -310,12 +316,12 @@ void wg_unpack_rows(const int64_t* rows, const void* packed, void* out, int64_t 
                               threads);
 }
 
-void wg_linear(const void* x, int64_t ldx, const void* packed, const void* bias, void* y, int64_t M, int64_t N,
-               int64_t K, int is_bf16, int threads) {
+void wg_linear(const void* x, int64_t ldx, const void* packed, const void* bias, void* y, int y_is_fp32, int64_t M,
+               int64_t N, int64_t K, int is_bf16, int threads) {
   if (is_bf16)
     wg::linear_bf16(static_cast<const bf16*>(x), ldx, static_cast<const uint32_t*>(packed),
-                    static_cast<const bf16*>(bias), static_cast<bf16*>(y), M, N, K, threads);
+                    {y, y_is_fp32 != 0, N, static_cast<const bf16*>(bias), N}, M, N, K, threads);
   else
     wg::linear<wg::Fp32Panel, float>(static_cast<const float*>(x), ldx, static_cast<const float*>(packed),
-                                     static_cast<const float*>(bias), static_cast<float*>(y), M, N, K, threads);
+                                     {y, true, N, static_cast<const float*>(bias), N}, M, N, K, threads);
 }

@@ -20,9 +20,9 @@ void wg_unpack_rows(const int64_t* rows, const void* packed, void* out, int64_t 
 // when a request arrives.
 void wg_copy_rows(const int64_t* rows, const void* table, void* out, int64_t num_rows, int64_t row_bytes, int threads);
 
-// y[M, N] = x[M, K] W^T + bias (which may be null).
-void wg_linear(const void* x, int64_t ldx, const void* packed, const void* bias, void* y, int64_t M, int64_t N,
-               int64_t K, int is_bf16, int threads);
+// y[M, N] = x[M, K] W^T + bias (which may be null); y is fp32, or in the dtype of the rest.
+void wg_linear(const void* x, int64_t ldx, const void* packed, const void* bias, void* y, int y_is_fp32, int64_t M,
+               int64_t N, int64_t K, int is_bf16, int threads);
 
 // Row r of x is at r / rows_per_token tokens and r % rows_per_token rows of N; y is contiguous. residual and
 // new_residual are both null (plain norm) or both given, contiguous (x is added to residual first).

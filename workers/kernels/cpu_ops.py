@@ -30,7 +30,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "wg_pack": [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
     "wg_unpack_rows": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
     "wg_copy_rows": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
-    "wg_linear": [c_void_p, c_int64, *[c_void_p] * 3, *[c_int64] * 3, c_int, c_int],
+    "wg_linear": [c_void_p, c_int64, *[c_void_p] * 3, c_int, *[c_int64] * 3, c_int, c_int],
     "wg_rms_norm": [c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_float, c_int, c_int],
     "wg_silu_and_mul": [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
     "wg_rope": [*[c_void_p, c_int64, c_int64] * 2, *[c_void_p] * 4, c_int64, c_int64, c_int, c_int],
@@ -189,16 +189,20 @@ def pack_weight(weight_NK: torch.Tensor) -> torch.Tensor:
 
 
 def packed_linear(
-    x: torch.Tensor, packed_weight: torch.Tensor, bias_N: torch.Tensor | None, out_features: int
+    x: torch.Tensor,
+    packed_weight: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_features: int,
+    out_fp32: bool = False,
 ) -> torch.Tensor:
-    """``x W^T + bias`` for a weight from :func:`pack_weight`; ``[..., K]`` to ``[..., N]``."""
+    """``x W^T + bias`` for a weight from :func:`pack_weight`: ``[..., K]`` to ``[..., N]``, in ``x.dtype`` or fp32."""
     if x.dim() != 2 or x.stride(1) != 1:
         x = x.contiguous()
     in_features = x.shape[-1]
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32 if out_fp32 else x.dtype)
     library().wg_linear(
         x.data_ptr(), x.stride(0) if x.dim() == 2 else in_features, packed_weight.data_ptr(),
-        None if bias_N is None else bias_N.data_ptr(), y.data_ptr(), x.numel() // in_features, out_features,
+        None if bias_N is None else bias_N.data_ptr(), y.data_ptr(), out_fp32, x.numel() // in_features, out_features,
         in_features, x.dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -283,9 +287,11 @@ _define(
     lambda q, k, positions, cos_sin_cache: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 _define(
-    "packed_linear(Tensor x, Tensor packed_weight, Tensor? bias, int out_features) -> Tensor",
+    "packed_linear(Tensor x, Tensor packed_weight, Tensor? bias, int out_features, bool out_fp32=False) -> Tensor",
     packed_linear,
-    lambda x, packed_weight, bias, out_features: x.new_empty((*x.shape[:-1], out_features)),
+    lambda x, packed_weight, bias, out_features, out_fp32=False: x.new_empty(
+        (*x.shape[:-1], out_features), dtype=torch.float32 if out_fp32 else x.dtype
+    ),
 )
 _define(
     "packed_rows(Tensor ids, Tensor packed_weight, int in_features) -> Tensor",

@@ -72,3 +72,13 @@ class Linear(nn.Module):
             return F.linear(x_TK, self.weight, self.bias)
         y_TN: torch.Tensor = torch.ops.warmgraph.packed_linear(x_TK, self.packed_weight, self.bias, self.out_features)
         return y_TN
+
+    def logits(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` in fp32; where the weight is packed, its fp32 sums are not rounded in between."""
+        if self.packed_weight is None:
+            y_TN: torch.Tensor = self(x_TK)
+            return y_TN.float()
+        logits_TN: torch.Tensor = torch.ops.warmgraph.packed_linear(
+            x_TK, self.packed_weight, self.bias, self.out_features, True
+        )
+        return logits_TN

@@ -27,7 +27,7 @@ from workers.kernels import cpu_ops
 _KERNELS = {
     "wg_copy_rows": 3,
     "wg_unpack_rows": 3,
-    "wg_linear": 5,
+    "wg_linear": 6,
     "wg_rms_norm": 7,
     "wg_silu_and_mul": 2,
     "wg_rope": 10,

@@ -236,8 +236,7 @@ class DecoderForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_NE: torch.Tensor) -> torch.Tensor:
         """Logits ``[N, V]`` in fp32 for chosen rows of ``forward``'s result."""
-        logits_NV: torch.Tensor = self.lm_head(hidden_NE)
-        return logits_NV.float()
+        return self.lm_head.logits(hidden_NE)
 
     def attention_spec(self, block_size: int) -> AttentionSpec:
         """What an attention backend needs to know about this model."""
