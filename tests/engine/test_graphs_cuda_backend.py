@@ -22,16 +22,22 @@ class FakeCuda:
         self.calls: list[str] = []
         self.num_pools = 0
         self.reserved = 1000
-        self.fail_capture_end = False
+        self.fail_capture_begin = self.fail_capture_end = False
+        self.is_recording = False  # what the device's allocator thinks
+        self.tells_allocator = False  # capture_end() does, even if it then fails, since PyTorch 2.12
         fake = self
 
         class Graph:
             def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
                 assert capture_error_mode == "thread_local"
                 fake.calls.append(f"begin pool {pool}")
+                fake.is_recording = True
+                if fake.fail_capture_begin:
+                    raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
 
             def capture_end(self) -> None:
                 fake.calls.append("end")
+                fake.is_recording = fake.fail_capture_end and not fake.tells_allocator
                 if fake.fail_capture_end:
                     raise RuntimeError("operation failed due to a previous error during capture")
 
@@ -65,10 +71,17 @@ class FakeCuda:
         }
         for name, replacement in replacements.items():
             monkeypatch.setattr(torch.cuda, name, replacement)
-        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-            monkeypatch.setattr(
-                torch._C, name, lambda device, pool, name=name: self.calls.append(f"{name} {pool}"), raising=False
-            )
+
+        def end_allocate(_: int, pool: int) -> None:
+            if not self.is_recording:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            self.is_recording = False
+            self.calls.append(f"end allocating to {pool}")
+
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate, raising=False)
+        monkeypatch.setattr(
+            torch._C, "_cuda_releasePool", lambda _, pool: self.calls.append(f"release {pool}"), raising=False
+        )
         monkeypatch.setattr(module, "_broken", [])
 
     def new_pool(self) -> int:
@@ -112,8 +125,8 @@ def test_bytes_are_what_a_capture_adds_to_the_allocator(fake: FakeCuda) -> None:
         return torch.ones(3)
 
     with backend.capturing():
-        sizes = [backend.capture(grow, (num_bytes,), {})[0].num_bytes for num_bytes in (700, 0, 50)]
-    assert sizes == [700, 0, 50]
+        graphs = [backend.capture(grow, (num_bytes,), {})[0] for num_bytes in (700, 0, 50)]
+    assert [graph.num_bytes for graph in graphs] == [700, 0, 50]
     assert backend.bytes_held() == 750
     fake.take_calls()
     backend.clear()
@@ -146,8 +159,34 @@ def test_an_error_of_the_callable_ends_the_capture(fake: FakeCuda, error: BaseEx
     assert fake.take_calls() == ["side waits for main", "begin pool 1", "end", "reset", "main waits for side"]
     with backend.capturing(clean_up=False):
         backend.capture(lambda: None, (), {})
-    assert "begin pool 1" in fake.take_calls()
+    assert "begin pool 2" in fake.take_calls()  # the reset graph was the only one of pool 1
     assert module._broken == []
+
+
+def test_a_pool_is_not_recorded_into_again_once_its_last_graph_is_gone(fake: FakeCuda) -> None:
+    """PyTorch's allocator of pinned memory asserts that a pool that it knows is in use."""
+    backend = CudaGraphBackend(torch.device("cuda", 0))
+    with backend.capturing(clean_up=False):
+        first, _ = backend.capture(lambda: None, (), {})
+        second, _ = backend.capture(lambda: None, (), {})
+        del first
+        third, _ = backend.capture(lambda: None, (), {})
+        del second, third
+        backend.capture(lambda: None, (), {})
+    begun = [call for call in fake.take_calls() if call.startswith("begin")]
+    assert begun == ["begin pool 1"] * 3 + ["begin pool 2"]
+
+
+def test_a_capture_that_does_not_begin_leaves_no_allocator_recording(fake: FakeCuda) -> None:
+    backend = CudaGraphBackend(torch.device("cuda", 0))
+    fake.fail_capture_begin = True
+    with pytest.raises(RuntimeError, match="INTERNAL ASSERT"), backend.capturing(clean_up=False):
+        backend.capture(lambda: None, (), {})
+    assert not fake.is_recording
+    fake.fail_capture_begin = False
+    with backend.capturing(clean_up=False):
+        backend.capture(lambda: None, (), {})
+    assert "begin pool 2" in fake.take_calls()
 
 
 def test_a_broken_capture_moves_on_to_a_new_pool_and_reports_the_first_error(
@@ -162,8 +201,8 @@ def test_a_broken_capture_moves_on_to_a_new_pool_and_reports_the_first_error(
     with pytest.raises(RuntimeError, match="not permitted"), backend.capturing(clean_up=False):
         backend.capture(synchronise, (), {})
     assert "a capture was invalidated: operation failed" in caplog.text
-    assert fake.take_calls()[1:-1] == ["begin pool 1", "end", "_cuda_endAllocateToPool 1", "_cuda_releasePool 1"]
-    assert len(module._broken) == 1  # the allocator may still ask it
+    assert fake.take_calls()[1:-1] == ["begin pool 1", "end", "end allocating to 1", "release 1"]
+    assert len(module._broken) == 1  # the allocator of pinned memory still asks it
     fake.fail_capture_end = False
     with backend.capturing(clean_up=False):
         backend.capture(lambda: None, (), {})
@@ -175,5 +214,33 @@ def test_an_error_at_the_end_of_a_capture(fake: FakeCuda) -> None:
     fake.fail_capture_end = True
     with pytest.raises(RuntimeError, match="previous error"), backend.capturing(clean_up=False):
         backend.capture(lambda: torch.ones(1), (), {})
-    assert "_cuda_releasePool 1" in fake.take_calls()
+    assert "release 1" in fake.take_calls()
     assert backend.bytes_held() == 0
+
+
+def test_a_version_that_ends_a_broken_capture_itself_is_not_told_again(fake: FakeCuda) -> None:
+    backend = CudaGraphBackend(torch.device("cuda", 0))
+    fake.fail_capture_end = fake.tells_allocator = True
+    with pytest.raises(RuntimeError, match="previous error"), backend.capturing(clean_up=False):
+        backend.capture(lambda: torch.ones(1), (), {})
+    assert fake.take_calls()[1:-1] == ["begin pool 1", "end", "reset"]
+    assert module._broken == []
+
+
+def test_memory_of_earlier_pools_counts_while_their_graphs_live(fake: FakeCuda) -> None:
+    backend = CudaGraphBackend(torch.device("cuda", 0))
+
+    def grow(num_bytes: int) -> torch.Tensor:
+        fake.reserved += num_bytes
+        return torch.ones(1)
+
+    with backend.capturing(clean_up=False):
+        graph, _ = backend.capture(grow, (700,), {})
+        fake.fail_capture_end = True
+        with pytest.raises(RuntimeError):
+            backend.capture(grow, (30,), {})
+        fake.fail_capture_end = False
+        other, _ = backend.capture(grow, (50,), {})
+    assert backend.bytes_held() == 750
+    del graph
+    assert backend.bytes_held() == other.num_bytes == 50

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -23,8 +24,23 @@ logger = logging.getLogger(__name__)
 #: Only the capturing thread is held to what a capture allows; others go on copying, allocating and waiting.
 CAPTURE_ERROR_MODE = "thread_local"
 
-# Graphs whose capture broke half-way. PyTorch's allocator may still ask them whether they are capturing.
+# Graphs whose capture broke half-way. PyTorch's allocators may still ask them whether they are capturing.
 _broken: list[torch.cuda.CUDAGraph] = []
+
+
+class _Pool:
+    """A pool of PyTorch's allocators and the graphs recorded into it."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self.is_fresh = True
+        self.num_bytes = 0
+        self.graphs: weakref.WeakSet[CapturedGraph] = weakref.WeakSet()
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether the last graph is gone: the allocators then free the pool and may refuse to record into it again."""
+        return not self.is_fresh and not self.graphs
 
 
 class CudaGraphBackend(GraphBackend):
@@ -44,19 +60,21 @@ class CudaGraphBackend(GraphBackend):
         assert device.type == "cuda"
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # PyTorch's own gap
-        self._pool = torch.cuda.graph_pool_handle()
-        self._bytes_held = 0
+        self._pool = _Pool()
+        self._retired: list[_Pool] = []
 
     def bytes_held(self) -> int:
-        """Memory that captures added to the pool, in bytes."""
-        return self._bytes_held
+        """Memory that captures added to the pool, and to earlier pools whose graphs are still in use, in bytes."""
+        return self._pool.num_bytes + sum(pool.num_bytes for pool in self._retired if pool.graphs)
 
     def _capture(
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[CapturedGraph, Any]:
+        if self._pool.is_freed:
+            self._pool = _Pool()
+        pool = self._pool
         reserved_before = _reserved_bytes(self._device)
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode=CAPTURE_ERROR_MODE)
+        graph = self._begin(pool)
         try:
             outputs = call_checked(function, args, kwargs)
         except BaseException:
@@ -68,8 +86,21 @@ class CudaGraphBackend(GraphBackend):
             self._retire_pool(graph)
             raise
         num_bytes = max(0, _reserved_bytes(self._device) - reserved_before)
-        self._bytes_held += num_bytes
-        return _CudaGraph(graph, map_tensors(outputs, weak_ref_tensor), num_bytes), outputs
+        captured = _CudaGraph(graph, map_tensors(outputs, weak_ref_tensor), num_bytes)
+        pool.num_bytes += num_bytes
+        pool.graphs.add(captured)
+        return captured, outputs
+
+    def _begin(self, pool: _Pool) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        pool.is_fresh = False
+        try:
+            graph.capture_begin(pool=pool.handle, capture_error_mode=CAPTURE_ERROR_MODE)
+        except BaseException:
+            # One of the two allocators, of device and of pinned memory, may think that a capture is under way.
+            self._retire_pool(graph)
+            raise
+        return graph
 
     @contextlib.contextmanager
     def _capture_scope(self, clean_up: bool) -> Iterator[None]:
@@ -89,8 +120,8 @@ class CudaGraphBackend(GraphBackend):
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-        self._pool = torch.cuda.graph_pool_handle()
-        self._bytes_held = 0
+        self._pool = _Pool()
+        self._retired.clear()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Leave capture mode after the callable raised."""
@@ -104,16 +135,22 @@ class CudaGraphBackend(GraphBackend):
             graph.reset()
 
     def _retire_pool(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Go on with a new pool after ``capture_end`` failed.
+        """Go on with a new pool after a capture broke; graphs captured earlier keep the old one alive.
 
-        It then returns before it tells the allocator that the capture is over, and the allocator refuses to record
-        into that pool again. Graphs captured earlier keep the old pool alive.
+        PyTorch 2.11 leaves both its allocators believing that the capture goes on: the one of the device is told here,
+        the one of pinned memory cannot be told, goes on asking ``graph``, and refuses to record into that pool again.
+        Later versions tell both and let ``reset`` release the pool.
         """
-        _broken.append(graph)
-        with contextlib.suppress(RuntimeError):  # raised if the failure came after the allocator was told
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            torch._C._cuda_releasePool(self._device.index, self._pool)
-        self._pool = torch.cuda.graph_pool_handle()
+        broken = self._pool
+        self._retired = [pool for pool in (*self._retired, broken) if pool.graphs]
+        self._pool = _Pool()
+        try:
+            torch._C._cuda_endAllocateToPool(self._device.index, broken.handle)
+        except RuntimeError:  # it was told
+            graph.reset()
+        else:
+            torch._C._cuda_releasePool(self._device.index, broken.handle)
+            _broken.append(graph)
 
 
 class _CudaGraph(CapturedGraph):
