@@ -142,6 +142,20 @@ class DeploymentConfig(_Section):
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
+    def model_named(self, name: str | None) -> ModelDeployment:
+        """The model of that name; None takes the only one.
+
+        Raises:
+            ConfigError: There is none of that name, or there are several to choose from.
+        """
+        if name is None and len(self.models) == 1:
+            return self.models[0]
+        for model in self.models:
+            if model.name == name:
+                return model
+        names = ", ".join(model.name for model in self.models)
+        raise ConfigError(f"Name one of the config's models with --model: {names}.", param="model")
+
     def to_dict(self) -> dict[str, Any]:
         """The resolved config, defaults included, as plain data."""
         return self.model_dump(mode="json")

@@ -8,9 +8,13 @@ microseconds whatever its size. Knows nothing about Ray, HTTP or tensors.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from workers.outputs import TokenChunk
 from workers.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from workers.graphs.report import GraphReport
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,6 +69,23 @@ class StepMessage:
 
     chunks: list[TokenChunk]
     state: ReplicaState
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """A replica's account of itself, for operators.
+
+    Attributes:
+        state: Its load after the last step.
+        graphs: What its graph layer captured, replayed and padded.
+    """
+
+    state: ReplicaState
+    graphs: GraphReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, ready for JSON."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,8 +15,17 @@ from prometheus_client import CollectorRegistry
 from cluster.api.app import create_app
 from cluster.api.metrics import HttpMetrics
 from cluster.api.settings import ApiSettings
-from cluster.messages import GenerateRequest
+from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus
 from workers.errors import InvalidRequestError, UnknownModelError
+from workers.graphs import (
+    CapturePlan,
+    CUDAGraphMode,
+    GraphCounters,
+    GraphDispatcher,
+    GraphMemoryBudget,
+    ModeResolution,
+    make_report,
+)
 from workers.outputs import FinishReason, Logprob, TokenChunk
 
 BOS = 256
@@ -69,6 +78,7 @@ class FakeClient:
     """A model whose requests play a script.
 
     Attributes:
+        replicas: What GET /status reports of it.
         requests: Every request so far.
         open: Ids of the requests that are neither finished nor closed.
         aborted: Ids of those that were closed before their end.
@@ -82,9 +92,13 @@ class FakeClient:
     tokenizer: Any = dataclasses.field(default_factory=ByteTokenizer)
     is_ready: bool = True
     num_cached_tokens: int = 3
+    replicas: dict[str, ReplicaStatus] = dataclasses.field(default_factory=dict)
     requests: list[GenerateRequest] = dataclasses.field(default_factory=list)
     open: set[str] = dataclasses.field(default_factory=set)
     aborted: list[str] = dataclasses.field(default_factory=list)
+
+    async def status(self) -> dict[str, ReplicaStatus]:
+        return self.replicas
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         self.requests.append(request)
@@ -116,6 +130,23 @@ def _logprobs(text: str, num: int) -> dict[int, Logprob]:
     return {
         i: Logprob(-0.5 * (i + 1), rank=i + 1, decoded_token=text if i == 0 else f"alt{i}") for i in range(max(num, 1))
     }
+
+
+def replica_status() -> ReplicaStatus:
+    """Of a replica with one running request and nothing captured yet."""
+    mode = CUDAGraphMode.FULL_DECODE_ONLY
+    dispatcher = GraphDispatcher(mode, [1, 2], 2)
+    graphs = make_report(
+        ModeResolution(mode, mode, None),
+        dispatcher,
+        GraphCounters(),
+        CapturePlan(dispatcher.capture_order(), 2),
+        GraphMemoryBudget(),
+        backend_name="host",
+        bytes_held=0,
+    )
+    state = ReplicaState(1, 0, free_blocks=9, total_blocks=10, outstanding_tokens=5, max_num_seqs=2, step=3)
+    return ReplicaStatus(state, graphs)
 
 
 @dataclasses.dataclass

@@ -5,6 +5,7 @@ Knows nothing about Ray: models come in through :class:`~cluster.api.client.Mode
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -32,6 +33,8 @@ from cluster.api.responses import (
     HealthResponse,
     ModelCard,
     ModelList,
+    ModelStatus,
+    StatusResponse,
     VersionResponse,
 )
 from cluster.api.settings import ApiSettings
@@ -137,6 +140,19 @@ def _add_operator_routes(app: FastAPI, directory: ModelDirectory, export_metrics
         """Metrics in Prometheus' text format."""
         content, content_type = await export_metrics()
         return Response(content, headers={"Content-Type": content_type})
+
+    @app.get("/status", tags=["operation"], responses=openapi.responses(StatusResponse))
+    async def status() -> Response:
+        """What each replica of each model reports: its load and its captured graphs."""
+        clients = directory.models()
+        answers = await asyncio.gather(*(client.status() for client in clients))
+        models = {
+            client.name: ModelStatus(
+                is_ready=client.is_ready, replicas={name: replica.to_dict() for name, replica in replicas.items()}
+            )
+            for client, replicas in zip(clients, answers, strict=True)
+        }
+        return JSONResponse(StatusResponse(models=models).model_dump())
 
     @app.get("/version", tags=["operation"], responses=openapi.responses(VersionResponse))
     async def version() -> Response:

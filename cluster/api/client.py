@@ -5,10 +5,10 @@ Implemented on Ray by the cluster and by a scripted fake in the tests. Knows not
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from cluster.messages import GenerateRequest
+from cluster.messages import GenerateRequest, ReplicaStatus
 from workers.outputs import TokenChunk
 
 
@@ -103,6 +103,10 @@ class ModelClient(Protocol):
             EngineDeadError: No replica can go on with the request.
             UserError: The engine refuses the request.
         """
+        ...
+
+    async def status(self) -> Mapping[str, ReplicaStatus]:
+        """The account of each replica that answers, by replica id."""
         ...
 
 

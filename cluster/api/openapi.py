@@ -23,6 +23,7 @@ from cluster.api.responses import (
     HealthResponse,
     ModelCard,
     ModelList,
+    StatusResponse,
     VersionResponse,
 )
 
@@ -36,6 +37,7 @@ _RESPONSES: tuple[type[pydantic.BaseModel], ...] = (
     ModelCard,
     ModelList,
     HealthResponse,
+    StatusResponse,
     VersionResponse,
     ErrorResponse,
 )

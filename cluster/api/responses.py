@@ -6,7 +6,7 @@ The models define the wire format, for the documentation and for what is not hot
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -190,6 +190,21 @@ class HealthResponse(_Response):
 
     status: Literal["ok", "unavailable"]
     models: dict[str, Literal["ready", "not_ready"]]
+
+
+class ModelStatus(_Response):
+    """One model in the answer of GET /status."""
+
+    is_ready: bool
+    replicas: dict[str, dict[str, Any]] = Field(
+        description="By replica id: 'state' is the load after the last step, 'graphs' the account of captured graphs."
+    )
+
+
+class StatusResponse(_Response):
+    """Answer of GET /status."""
+
+    models: dict[str, ModelStatus]
 
 
 class VersionResponse(_Response):

@@ -18,7 +18,6 @@ from rich.table import Table
 from cluster.cli.options import ConfigPath, Overrides
 from cluster.config import DeploymentConfig
 from workers.config import EngineConfig
-from workers.errors import ConfigError
 
 if TYPE_CHECKING:
     from workers.compile.compiler import SplitModel
@@ -50,7 +49,7 @@ def show(
     """Print the pieces of a model, how often each is called, what it holds, and what has been built of it."""
     from workers.compile.show import summarize
 
-    engine = _engine_config(DeploymentConfig.from_file(config, overrides), model)
+    engine = DeploymentConfig.from_file(config, overrides).model_named(model).engine
     split, plan = _split(engine, device)
     summary = summarize(plan)
     if graph is not None:
@@ -59,16 +58,6 @@ def show(
         print(json.dumps(summary.to_dict(), indent=2))
     else:
         _print(summary)
-
-
-def _engine_config(deployment: DeploymentConfig, name: str | None) -> EngineConfig:
-    if name is None and len(deployment.models) == 1:
-        return deployment.models[0].engine
-    names = ", ".join(model.name for model in deployment.models)
-    for model in deployment.models:
-        if model.name == name:
-            return model.engine
-    raise ConfigError(f"Name one of the config's models with --model: {names}.", param="model")
 
 
 def _split(engine: EngineConfig, device_name: str | None) -> tuple[SplitModel, Plan]:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cluster.cli import compile as compile_command
 from cluster.cli import config as config_command
+from cluster.cli import graphs as graphs_command
 from cluster.cli import k8s as k8s_command
 from cluster.cli import model as model_command
 from cluster.cli import serve as serve_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("serve")(serve_command.serve)
 app.add_typer(compile_command.app)
 app.add_typer(config_command.app)
+app.add_typer(graphs_command.app)
 app.add_typer(k8s_command.app)
 app.add_typer(model_command.app)
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitReply
+from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
 from cluster.routing import running_replicas
 from cluster.routing.policies import ReplicaSnapshot, RoutingPolicy, RoutingRequest
 from workers.errors import EngineDeadError, InvalidRequestError, QueueFullError
@@ -172,8 +172,15 @@ class Fleet:
 
     async def stats(self) -> dict[str, Any]:
         """Every connected replica's ``EngineStats``, by replica id; replicas that do not answer are left out."""
+        return await self._ask_all("stats")
+
+    async def status(self) -> dict[str, ReplicaStatus]:
+        """Every connected replica's account of itself, by replica id; replicas that do not answer are left out."""
+        return await self._ask_all("status")
+
+    async def _ask_all(self, method: str) -> dict[str, Any]:
         links = [link for link in self._links.values() if link.is_routable]
-        calls = [asyncio.wait_for(self._call(link, "stats"), _CALL_TIMEOUT_S) for link in links]
+        calls = [asyncio.wait_for(self._call(link, method), _CALL_TIMEOUT_S) for link in links]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         return {
             link.replica_id: answer

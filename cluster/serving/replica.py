@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitReply
+from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
 from cluster.serving.outbox import Outbox
 from workers.config import EngineConfig
 from workers.engine.stats import EngineStats
@@ -42,9 +42,9 @@ class EngineReplica:
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, str] = {}
         self._thread = EngineThread(lambda: Engine(self._config), self._on_step, self._on_death)
-        built = self._thread.wait_ready()
+        self._engine = self._thread.wait_ready()  # for reading only
         self._max_num_seqs = self._config.max_num_seqs
-        self._stats = built.stats()
+        self._stats = self._engine.stats()
         self._state = self._make_state(self._stats)
 
     async def submit(self, client_id: str, request: GenerateRequest, replica_id: str | None = None) -> SubmitReply:
@@ -86,6 +86,10 @@ class EngineReplica:
     async def stats(self, replica_id: str | None = None) -> EngineStats:
         """The engine's counters after its last step."""
         return self._stats
+
+    async def status(self, replica_id: str | None = None) -> ReplicaStatus:
+        """The load after the last step, and the graph layer's account."""
+        return ReplicaStatus(self._state, self._engine.graph_report())
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 from cluster.config import ModelDeployment
-from cluster.messages import GenerateRequest
+from cluster.messages import GenerateRequest, ReplicaStatus
 from cluster.serving.fleet import Fleet
 from workers.checkpoint.resolve import resolve_model
 from workers.errors import UnknownModelError
@@ -50,6 +50,10 @@ class ServedModel:
     def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Generate one completion on a replica; see :meth:`Fleet.stream`."""
         return self.fleet.stream(request)
+
+    async def status(self) -> dict[str, ReplicaStatus]:
+        """Every connected replica's account of itself, by replica id."""
+        return await self.fleet.status()
 
 
 class Directory:

@@ -11,7 +11,9 @@ import time
 import httpx
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from cluster.cli.graphs import app as graphs_command
 from tests.cluster.conftest import MODEL, Deployment
 from workers import LLM, SamplingParams
 
@@ -96,6 +98,17 @@ async def test_n_choices_with_a_seed_differ_and_repeat(deployment: Deployment) -
     texts = [[choice.text for choice in answer.choices] for answer in answers]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) > 1
+
+
+def test_status_and_its_command_show_every_replica(deployment: Deployment) -> None:
+    request = {"model": MODEL, "prompt": "hello", "max_tokens": 4}
+    httpx.post(f"{deployment.url}/v1/completions", json=request, timeout=60).raise_for_status()
+    replicas = httpx.get(f"{deployment.url}/status", timeout=60).json()["models"][MODEL]["replicas"]
+    assert len(replicas) == 2
+    assert sum(replica["graphs"]["batches"].get("NONE", 0) for replica in replicas.values()) > 0
+    output = CliRunner().invoke(graphs_command, ["show", "--url", deployment.url]).output
+    assert output.count("mode NONE, host backend") == 2
+    assert "graphs are off" in output
 
 
 async def test_models_are_listed(deployment: Deployment) -> None:

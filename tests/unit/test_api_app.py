@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.api.app import create_app
 from cluster.api.metrics import HttpMetrics
-from tests.api_fakes import FakeClient, FakeDirectory, answer, error_of, make_api
+from tests.api_fakes import FakeClient, FakeDirectory, answer, error_of, make_api, replica_status
 from workers.errors import QueueFullError
 
 
@@ -55,6 +55,19 @@ async def test_health_needs_every_model_ready(ready: list[bool], status: int) ->
         "status": "ok" if status == 200 else "unavailable",
         "models": {f"m{i}": "ready" if is_ready else "not_ready" for i, is_ready in enumerate(ready)},
     }
+
+
+async def test_status_shows_every_replica_of_every_model() -> None:
+    status = replica_status()
+    clients = [FakeClient(name="busy", replicas={"a": status, "b": status}), FakeClient(name="down", is_ready=False)]
+    api = make_api()
+    api.app = create_app(FakeDirectory(clients), HttpMetrics(CollectorRegistry()))
+    models = (await api.request("GET", "/status")).json()["models"]
+    assert models["down"] == {"is_ready": False, "replicas": {}}
+    assert models["busy"]["is_ready"]
+    assert models["busy"]["replicas"] == {name: status.to_dict() for name in ("a", "b")}
+    assert models["busy"]["replicas"]["a"]["state"]["num_running"] == 1
+    assert models["busy"]["replicas"]["a"]["graphs"]["capture_sizes"] == [1, 2]
 
 
 async def test_version_is_the_distribution_s() -> None:

@@ -16,6 +16,7 @@ from workers.config import EngineConfig
 from workers.engine.output_processor import OutputProcessor
 from workers.engine.stats import EngineStats
 from workers.errors import ConfigError, InvalidRequestError, PromptTooLongError
+from workers.graphs import GraphReport
 from workers.model.config import ModelConfig
 from workers.outputs import FinishReason, TokenChunk
 from workers.request import Request
@@ -143,6 +144,10 @@ class Engine:
     def use_idle_time(self) -> bool:
         """Do one short piece of work that can wait (a graph capture); returns whether more may be left."""
         return self.runner.capture_next_graph()
+
+    def graph_report(self) -> GraphReport:
+        """What the graph layer captured, replayed and padded so far; may be read from any thread."""
+        return self.runner.graph_report()
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's work."""

@@ -1,0 +1,136 @@
+"""``warmgraph graphs``: what the graph layer captured, held, replayed and padded.
+
+Asks a running server, or captures every graph of a config here, with made-up weights, and prints the account.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from cluster.cli.options import Overrides
+from cluster.config import DeploymentConfig
+from workers.config import EngineConfig
+from workers.errors import UserError
+
+app = typer.Typer(name="graphs", help="Look at captured graphs.", no_args_is_help=True)
+
+#: Reports by model and replica, as ``GraphReport.to_dict`` makes them.
+Reports = dict[str, dict[str, dict[str, Any]]]
+
+#: Name of the one replica that is captured here, without a server.
+_HERE = "captured here"
+_TIMEOUT_S = 60.0
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``show`` a sub-command while it is the only one."""
+
+
+@app.command()
+def show(
+    config: Annotated[Path | None, typer.Argument(help="The deployment's YAML file; not needed with --url.")] = None,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="Which of the models, if there are several.")] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Ask the replicas of a running server, e.g. http://127.0.0.1:8000.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print graphs by mode and size, with capture seconds, memory, replays, padding and eager fallbacks."""
+    if (config is None) == (url is None):
+        raise UserError("Give a config, whose graphs are captured here, or --url to ask a running server.")
+    reports = _ask(url) if url is not None else {}
+    if config is not None:
+        deployment = DeploymentConfig.from_file(config, overrides).model_named(model)
+        reports = {deployment.name: {_HERE: _capture(deployment.engine)}}
+    elif model is not None:
+        if model not in reports:
+            raise UserError(f"{url} serves no model {model!r}; it serves {', '.join(map(repr, reports))}.")
+        reports = {model: reports[model]}
+    if as_json:
+        print(json.dumps(reports, indent=2))
+    else:
+        _print(reports)
+
+
+def _capture(engine_config: EngineConfig) -> dict[str, Any]:
+    """Capture every graph of an engine with made-up weights."""
+    from workers.engine.engine import Engine
+
+    engine = Engine(engine_config.model_copy(update={"load_format": "dummy", "skip_tokenizer_init": True}))
+    while engine.use_idle_time():
+        pass
+    return engine.graph_report().to_dict()
+
+
+def _ask(url: str) -> Reports:
+    """GET /status of a running server."""
+    address = f"{url.rstrip('/')}/status"
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"--url must begin with http:// or https:// (got {url!r}).", param="url")
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as response:
+            document = json.load(response)
+        return {
+            model: {name: replica["graphs"] for name, replica in status["replicas"].items()}
+            for model, status in document["models"].items()
+        }
+    except (OSError, urllib.error.URLError) as error:
+        raise UserError(f"{address} does not answer: {error}; is the server running there?", param="url") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{address} did not answer as warmgraph does; give the API's base URL.", param="url") from None
+
+
+def _print(reports: Reports) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    for model, replicas in reports.items():
+        if not replicas:
+            console.print(f"{model}: no replica answers")
+        for replica, report in replicas.items():
+            console.print(f"[bold]{model}[/], {replica}: mode {report['mode']}, {report['backend']} backend")
+            _print_report(console, report)
+
+
+def _print_report(console: Console, report: dict[str, Any]) -> None:
+    if report["mode_reason"] is not None:
+        console.print(report["mode_reason"])
+    if report["graphs"]:
+        console.print(_graph_table(report["graphs"]))
+    held = ", ".join(f"{count} {mode}" for mode, count in report["captured"].items()) or "none"
+    limit = report["memory_limit_bytes"]
+    console.print(
+        f"captured: {held} in {report['capture_seconds']:.2f} s, {report['pending']} sizes pending, "
+        f"{decimal(report['memory_bytes'])}{'' if limit is None else f' of {decimal(limit)}'}"
+    )
+    batches = ", ".join(f"{count} {mode}" for mode, count in report["batches"].items()) or "none"
+    console.print(f"batches: {batches}; {report['tokens']} tokens and {report['padded_tokens']} of padding")
+    for reason, count in report["eager_fallbacks"].items():
+        console.print(f"without a graph: {count}, {reason}")
+    for reason in report["skipped"]:
+        console.print(f"left out: {reason}")
+
+
+def _graph_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("mode", "tokens", "requests", "state", "graphs", "seconds", "memory", "replays", box=None)
+    for row in rows:
+        table.add_row(
+            f"{row['mode']}{' (decode)' if row['uniform'] else ''}",
+            str(row["num_tokens"]),
+            "any" if row["num_reqs"] is None else str(row["num_reqs"]),
+            row["state"] if row["dropped_because"] is None else f"dropped: {row['dropped_because']}",
+            str(row["num_graphs"]),
+            f"{row['capture_seconds']:.3f}",
+            decimal(row["num_bytes"]),
+            str(row["num_replays"]),
+        )
+    return table
