@@ -27,6 +27,9 @@ class CompilationConfig(pydantic.BaseModel):
             they are, without a compiler.
         pass_config: Fusion passes by name, on or off; those not named are on.
         inductor_compile_config: Options of ``torch._inductor.config``, by name.
+        inductor_compile_config_for_sizes: Options on top of them for the pieces of ``compile_sizes``, tuning say
+            (``coordinate_descent_tuning``, ``max_autotune``). None takes what pays: ``aoti`` pieces on CUDA are tuned
+            by coordinate descent while they are built, and carry what that found.
         compile_cache_dir: Private folder for plans and pieces; None keeps them in the process.
         cudagraph_mode: Which batches run as captured graphs; None takes FULL_AND_PIECEWISE on CUDA and NONE on a
             CPU, where padding costs more than launches. What the model and the attention backend cannot do is
@@ -46,6 +49,7 @@ class CompilationConfig(pydantic.BaseModel):
     piece_format: Literal["auto", "fx", "standalone", "aoti"] = "auto"
     pass_config: dict[str, bool] = {}
     inductor_compile_config: dict[str, bool | int | float | str | None] = {}
+    inductor_compile_config_for_sizes: dict[str, bool | int | float | str | None] | None = None
     compile_cache_dir: str | None = None
     cudagraph_mode: CUDAGraphMode | None = None
     cudagraph_capture_sizes: list[int] | None = None

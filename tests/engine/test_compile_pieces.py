@@ -199,7 +199,11 @@ def test_a_second_process_finds_everything_in_the_store() -> None:
 def test_what_compiled_code_depends_on_is_part_of_the_key() -> None:
     store, model = MemoryPieceStore(), MixingModel(2)
     compile_mixing(model, store=store)
-    for changed in ({"pass_config": {"noop_elimination": False}}, {"inductor_compile_config": {"shape_padding": True}}):
+    for changed in (
+        {"pass_config": {"noop_elimination": False}},
+        {"inductor_compile_config": {"shape_padding": True}},
+        {"inductor_compile_config_for_sizes": {"max_autotune": True}},
+    ):
         assert not compile_mixing(model, store=store, **changed).report.is_warm
     # Sizes add builds to the plan.
     assert not compile_mixing(model, store=store, compile_sizes=[4]).report.is_warm

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from workers.compile import torch_compat
 from workers.compile.counters import CompileCounters
 from workers.compile.decorator import dynamic_arg_dims
 from workers.compile.environment import environment_factors
@@ -120,6 +121,7 @@ def compile_model(
         wait_for_compiler()
         from workers.compile.dynamo_model import DynamoModel
 
+        torch_compat.check_inductor_options(config.inductor_compile_config)
         dynamo = DynamoModel(
             model,
             example_args,
@@ -137,7 +139,6 @@ def compile_model(
         pieces.store,
         piece_format,
         sizes=config.compile_sizes,
-        options=DEFAULT_OPTIONS | config.inductor_compile_config,
         wrap_piece=wrap_piece,
         counters=counters,
     )
@@ -177,6 +178,7 @@ class PieceCompilation:
         self._dims = dynamic_arg_dims(model)
         self._passes: PassManager = standard_passes(config.pass_config)
         self._options = DEFAULT_OPTIONS | config.inductor_compile_config
+        self._size_options = config.inductor_compile_config_for_sizes
         self._sizes: list[int | None] = [None, *sorted(set(config.compile_sizes))]
         device = next(iter(example_args.values())).device
         self._formats = config.piece_formats(device.type)
@@ -186,6 +188,7 @@ class PieceCompilation:
             "splitting_ops": list(splitting_ops),
             "passes": self._passes.uuids(),
             "inductor": self._options,
+            "inductor_for_sizes": self._size_options,
             "weights": _weights_digest(model),
         }
 
@@ -231,6 +234,8 @@ class PieceCompilation:
         wait_for_compiler(only_if_begun=piece_format == "fx")
         from workers.compile.compiler import build_pieces
 
+        if piece_format != "fx":
+            torch_compat.check_inductor_options([*self._options, *(self._size_options or ())])
         split = self.split()
         counters.num_traces += 1
         # Read after the trace: another process may have added builds meanwhile.
@@ -238,6 +243,7 @@ class PieceCompilation:
         if stored is not None:
             for key, record in split.plan.pieces.items():
                 record.builds = stored.pieces[key].builds if key in stored.pieces else []
-        counters.num_compiled += build_pieces(split, make_format(piece_format, self._options), self.store, self._sizes)
+        builder = make_format(piece_format, self._options, self._size_options)
+        counters.num_compiled += build_pieces(split, builder, self.store, self._sizes)
         self.store.put(self.plan_name, split.plan.to_json().encode())
         return split.plan

@@ -40,7 +40,6 @@ class PiecewiseModel:
         store: Where the pieces are.
         piece_format: Which builds to load.
         sizes: Batch sizes to load builds of their own for.
-        options: Inductor options of the format.
         wrap_piece: Called for every piece call, in the order of the pass, for the runner of every size and then for
             those compiled for one size.
         counters: Counts loaded pieces.
@@ -58,7 +57,6 @@ class PiecewiseModel:
         piece_format: str,
         *,
         sizes: Iterable[int] = (),
-        options: Mapping[str, Any] | None = None,
         wrap_piece: WrapPiece | None = None,
         counters: CompileCounters | None = None,
     ) -> None:
@@ -71,7 +69,7 @@ class PiecewiseModel:
             for spec, dim in zip(plan.arguments, plan.dynamic_dims, strict=True)
             if spec.dtype
         ]
-        loader = make_format(piece_format, options)
+        loader = make_format(piece_format)
 
         def runner(size: int | None) -> Runner:
             pieces: dict[str, LoadedPiece] = {}

@@ -1,7 +1,8 @@
 """Imports the compiler in a thread of its own while something else, reading weights say, goes on.
 
-The import takes seconds and is needed by every route but the one from AOTInductor or plain pieces. Knows module names
-and nothing else.
+The import takes seconds and is needed by every route but the one from AOTInductor or plain pieces. So does what torch
+does at its first load of an artifact: it hashes its own compiler's sources, a third of a second or more. Knows module
+names and nothing else.
 """
 
 from __future__ import annotations
@@ -11,9 +12,19 @@ import logging
 import threading
 import time
 
+from workers.compile import torch_compat
+
 logger = logging.getLogger(__name__)
 
-_MODULES = ("torch._dynamo", "torch._inductor.standalone_compile", "torch._inductor.compile_fx")
+_MODULES = (
+    "torch._dynamo",
+    "torch._inductor.standalone_compile",
+    "torch._inductor.compile_fx",
+    # What the generated code of a piece imports besides.
+    "torch._inductor.codegen.memory_planning",
+    "torch._inductor.hooks",
+    "multiprocessing.synchronize",
+)
 
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
@@ -46,4 +57,5 @@ def _import() -> None:
     started = time.perf_counter()
     for module in _MODULES:
         importlib.import_module(module)
+    torch_compat.hash_compiler_sources()
     logger.debug("compiler imported in %.2f s", time.perf_counter() - started)

@@ -7,13 +7,16 @@ compiler; the functions do.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from workers.compile.errors import CompileError
 
 _RELEASE = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
@@ -99,6 +102,41 @@ def prepare_inductor() -> None:
         VecISA._avx_py_load = (
             f"import ctypes\nctypes.CDLL({str(library)!r}, ctypes.RTLD_GLOBAL)\nctypes.CDLL('__lib_path__')\n"
         )
+
+
+def check_inductor_options(options: Iterable[str]) -> None:
+    """Refuse names that this release's Inductor does not know.
+
+    Raises:
+        CompileError: There is one; the nearest name is offered.
+    """
+    import torch._inductor
+
+    known = torch._inductor.list_options()
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise CompileError(f"torch._inductor.config of torch {torch.__version__} has no option {name}{hint}")
+
+
+def hash_compiler_sources() -> None:
+    """Work out torch's digest of its own compiler, part of every artifact; it is kept for the rest of the process."""
+    from torch._inductor.codecache import torch_key
+
+    torch_key()
+
+
+@contextlib.contextmanager
+def loading_only() -> Iterator[None]:
+    """Have Inductor start no pool of compile processes inside the ``with`` block.
+
+    On CUDA an artifact leaves nothing to compile, and the pool's first process imports torch.
+    """
+    from torch._inductor import config
+
+    with config.patch(compile_threads=1):
+        yield
 
 
 def artifact_function(artifact: Any) -> Callable[..., Any]:

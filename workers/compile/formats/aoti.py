@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,11 +30,6 @@ from workers.compile.stitch import LoadedPiece
 #: Name of the model inside a package.
 _MODEL = "model"
 
-#: For pieces of one size on CUDA: launch shapes are tuned on the device while building, and at one token a matrix
-#: product becomes a kernel of Inductor's own, fused with what surrounds it. Only here: a package keeps what tuning
-#: found, while other formats would tune again in every process.
-_FIXED_SIZE_OPTIONS = {"coordinate_descent_tuning": True}
-
 _scratch_lock = threading.Lock()
 
 
@@ -42,6 +37,9 @@ class AOTInductorFormat(PieceFormat):
     """See the module."""
 
     name: ClassVar[str] = "aoti"
+    #: Launch shapes are tuned on the device while building, and at one token a matrix product becomes a kernel of
+    #: Inductor's own, fused with what surrounds it.
+    tuned_size_options: ClassVar[Mapping[str, Any]] = {"coordinate_descent_tuning": True}
 
     def build(self, graph: fx.GraphModule) -> bytes:
         """Compile into a package.
@@ -65,8 +63,7 @@ class AOTInductorFormat(PieceFormat):
             options = {
                 # Precompiling the common header takes longer than it saves on three or four pieces.
                 "aot_inductor.precompile_headers": False,
-                **(_FIXED_SIZE_OPTIONS if _is_fixed_size_on_cuda(inputs) else {}),
-                **self.options,
+                **self.options_for(inputs),
                 "aot_inductor.package": True,
                 "cpp.cxx": (cxx,),
             }
@@ -88,11 +85,6 @@ class AOTInductorFormat(PieceFormat):
                 # capture could not have them either.
                 loader = torch._C._aoti.AOTIModelPackageLoader(str(path), _MODEL, True, 1, -1)
         return LoadedPiece(loader.run, takes_list=True)
-
-
-def _is_fixed_size_on_cuda(inputs: Sequence[torch.Tensor]) -> bool:
-    on_cuda = any(value.is_cuda for value in inputs)
-    return on_cuda and not any(isinstance(size, torch.SymInt) for value in inputs for size in value.shape)
 
 
 def _libraries(package: bytes) -> list[bytes]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from workers.compile.errors import CompileError
@@ -30,12 +31,25 @@ class PieceFormat(abc.ABC):
 
     Args:
         options: Inductor options, by their names in ``torch._inductor.config``.
+        size_options: On top of them, for pieces of one size; None takes ``tuned_size_options`` on CUDA.
     """
 
     name: ClassVar[str]
+    #: What pays for pieces of one size on CUDA. Only for formats that keep what tuning found: with others every process
+    #: would tune again.
+    tuned_size_options: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self.options = dict(options)
+    def __init__(self, options: Mapping[str, Any], size_options: Mapping[str, Any] | None = None) -> None:
+        self._options = dict(options)
+        self._size_options = size_options
+
+    def options_for(self, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """Inductor options for a piece with these example inputs."""
+        if any(isinstance(size, torch.SymInt) for value in inputs for size in value.shape):
+            return self._options
+        if self._size_options is not None:
+            return self._options | dict(self._size_options)
+        return self._options | (dict(self.tuned_size_options) if any(value.is_cuda for value in inputs) else {})
 
     @abc.abstractmethod
     def build(self, graph: fx.GraphModule) -> bytes:
@@ -46,7 +60,9 @@ class PieceFormat(abc.ABC):
         """Make what :meth:`build` returned callable. ``data`` is code: it must have been verified."""
 
 
-def make_format(name: str, options: Mapping[str, Any] | None = None) -> PieceFormat:
+def make_format(
+    name: str, options: Mapping[str, Any] | None = None, size_options: Mapping[str, Any] | None = None
+) -> PieceFormat:
     """The format called ``name``.
 
     Raises:
@@ -55,5 +71,5 @@ def make_format(name: str, options: Mapping[str, Any] | None = None) -> PieceFor
     if name not in _HOMES:
         raise CompileError(f"There is no piece format {name!r}; use one of {', '.join(FORMAT_NAMES)}.")
     module, class_name = _HOMES[name]
-    piece_format: PieceFormat = getattr(importlib.import_module(module), class_name)(options or {})
+    piece_format: PieceFormat = getattr(importlib.import_module(module), class_name)(options or {}, size_options)
     return piece_format

@@ -33,9 +33,8 @@ class StandaloneFormat(PieceFormat):
         graph = lower(graph)
         inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
         with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-            artifact = standalone_compile(
-                graph, inputs, dynamic_shapes="from_graph", options={"config_patches": self.options}, aot=True
-            )
+            options = {"config_patches": self.options_for(inputs)}
+            artifact = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=options, aot=True)
             path = Path(folder) / "piece"
             artifact.save(path=str(path), format="binary")
             return path.read_bytes()
@@ -46,7 +45,7 @@ class StandaloneFormat(PieceFormat):
         from torch._inductor.standalone_compile import CompiledArtifact
 
         torch_compat.prepare_inductor()
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, torch_compat.loading_only():
             path = Path(folder) / "piece"
             path.write_bytes(data)
             artifact = CompiledArtifact.load(path=str(path), format="binary")
