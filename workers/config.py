@@ -99,6 +99,47 @@ class CompilationConfig(pydantic.BaseModel):
         return None if mode is None else mode.name
 
 
+class ArtifactConfig(pydantic.BaseModel):
+    """Where compiled artifacts are kept, whose are trusted, and what limits they have; see docs/artifacts.md.
+
+    Attributes:
+        store: ``local`` is a folder of this user's cache; otherwise a path (shared, if it is on NFS), or ``s3://``,
+            ``gs://`` or ``az://``. None: nothing outlives the process.
+        store_options: For an object store, by obstore's names: ``endpoint``, ``region``, ...
+        local_tier: Keep what was read from an object store on this node's disk.
+        local_tier_bytes: Most of it; what was used last stays.
+        trust: ``local-only`` uses what this user made on this machine, with a key made at first use. ``signed`` uses
+            what ``verifier_keys`` vouch for. ``none`` uses everything, and so runs whatever the store holds.
+        verifier_keys: ``ed25519:...``, or files of such lines.
+        signer_key_file: Publish under this key (``warmgraph artifacts keygen``); without one, ``signed`` only reads.
+        publish: Write what was built to the store.
+        timeout_s: Longest time that one call to the store may take; a store that fails is left alone for a minute.
+        max_blob_bytes: Larger blobs are refused.
+        max_unpacked_bytes: Archives that unpack to more are refused.
+        self_check: ``node`` runs loaded code in a process of its own before it is first used on a node; ``off``
+            trusts what was checked when it was built.
+        self_check_timeout_s: After this time the check has failed.
+        failure_ttl_s: How long a failed build keeps every replica from trying again.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    store: str | None = "local"
+    store_options: dict[str, str] = {}
+    local_tier: bool = True
+    local_tier_bytes: int = pydantic.Field(default=8 << 30, gt=0)
+    trust: Literal["signed", "local-only", "none"] = "local-only"
+    verifier_keys: list[str] = []
+    signer_key_file: str | None = None
+    publish: bool = True
+    timeout_s: float = pydantic.Field(default=15.0, gt=0)
+    max_blob_bytes: int = pydantic.Field(default=1 << 30, gt=0)
+    max_unpacked_bytes: int = pydantic.Field(default=4 << 30, gt=0)
+    self_check: Literal["node", "off"] = "node"
+    self_check_timeout_s: float = pydantic.Field(default=120.0, gt=0)
+    failure_ttl_s: float = pydantic.Field(default=3600.0, gt=0)
+
+
 class EngineConfig(pydantic.BaseModel):
     """Everything one engine needs to know.
 
@@ -123,6 +164,7 @@ class EngineConfig(pydantic.BaseModel):
         enforce_eager: No compilation and no graphs, whatever else is set.
         attention_backend: ``auto`` takes the best one for the device.
         compilation_config: The compile and graph layers.
+        artifacts: Where what was compiled is kept.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -146,6 +188,7 @@ class EngineConfig(pydantic.BaseModel):
     enforce_eager: bool = False
     attention_backend: str = "auto"
     compilation_config: CompilationConfig = CompilationConfig()
+    artifacts: ArtifactConfig = ArtifactConfig()
 
     @classmethod
     def create(cls, **fields: Any) -> Self:

@@ -1,4 +1,4 @@
-"""Where imported models live on this machine.
+"""Where imported models and compiled artifacts live on this machine.
 
 The only place that reads the environment for it. Knows names and folders, not what is in them.
 """
@@ -26,6 +26,13 @@ def cache_root() -> Path:
 def models_root() -> Path:
     """The folder with one checkpoint folder per imported model; may not exist yet."""
     return cache_root() / "models"
+
+
+def artifacts_root() -> Path:
+    """``$WARMGRAPH_ARTIFACTS``, or a folder of :func:`cache_root`: artifacts, keys and notes of this user."""
+    if explicit := os.environ.get("WARMGRAPH_ARTIFACTS"):
+        return Path(explicit).expanduser().absolute()
+    return cache_root() / "artifacts"
 
 
 def is_model_name(text: str) -> bool:

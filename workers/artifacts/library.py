@@ -1,0 +1,370 @@
+"""The bundles of a store under a trust policy: looked up, read, published, quarantined.
+
+Puts stores, keys, manifests and marks together and keeps their order: manifest, signature, key, and only then the bytes
+of blobs against their digests. Nothing is unpickled, imported or loaded here. Trouble with a store is an outcome and
+not an error: an engine starts without one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import importlib.metadata
+import logging
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from workers.artifacts.archives import check_zip, is_zip
+from workers.artifacts.bundle import Bundle, unite
+from workers.artifacts.counters import ArtifactCounters
+from workers.artifacts.digest import sha256
+from workers.artifacts.errors import Refusal, RefusedError, StoreError
+from workers.artifacts.explain import Explanation, explain
+from workers.artifacts.key import BundleKey
+from workers.artifacts.manifest import MAX_MANIFEST_BYTES, PAYLOAD_TYPE, Entry, Kind, Manifest
+from workers.artifacts.names import BUNDLES, USES, blob_name, key_of, last_part, manifest_prefix
+from workers.artifacts.quarantine import MAX_CODE_FAULTS, FailureMark, MarkBoard, code_faults
+from workers.artifacts.signing import seal, unseal
+from workers.artifacts.stores.base import ArtifactStore, StoredObject
+from workers.artifacts.stores.factory import open_store
+from workers.artifacts.stores.memory import MemoryStore
+from workers.artifacts.trust import Trust
+from workers.checkpoint.cache import artifacts_root
+from workers.config import ArtifactConfig
+
+logger = logging.getLogger(__name__)
+
+#: Stands in every manifest that this code writes.
+CREATOR = f"warmgraph {importlib.metadata.version('warmgraph')}"
+
+#: Manifests of one key that are looked at, the newest first; one is normal.
+_MAX_MANIFESTS = 64
+
+#: Bundles that a missing one is compared with, the newest first.
+_MAX_CANDIDATES = 64
+
+#: Refusals that say that the manifest itself is bad, whoever looks at it; the others depend on who looks.
+_OBJECTIVE = frozenset({Refusal.MALFORMED, Refusal.TOO_LARGE, Refusal.BAD_SIGNATURE, Refusal.WRONG_KEY})
+
+
+class Outcome(enum.StrEnum):
+    """What came of looking for a bundle; the value is a metric's label."""
+
+    HIT = "hit"
+    ABSENT = "absent"
+    """There is none for this key."""
+    REFUSED = "refused"
+    """There is one, and it is not trusted or damaged."""
+    QUARANTINED = "quarantined"
+    """All there were are marked bad; may be built once more."""
+    BLOCKED = "blocked"
+    """Built twice and wrong twice: not built again until somebody lifts the quarantine."""
+    UNAVAILABLE = "unavailable"
+    """The store is in trouble."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lookup:
+    """The answer to :meth:`ArtifactLibrary.open`.
+
+    Attributes:
+        bundle: Verified down to its manifests; None unless the outcome is HIT.
+        explanation: On a miss, the nearest bundle, if it is known.
+        seconds: What looking took.
+    """
+
+    outcome: Outcome
+    bundle: Bundle | None = None
+    explanation: Explanation | None = None
+    seconds: float = 0.0
+
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """Names of the factors in which the nearest bundle differs."""
+        return tuple(item.name for item in self.explanation.graph) if self.explanation else ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Addition:
+    """Something to publish; fields as in :class:`workers.artifacts.manifest.Entry`."""
+
+    kind: Kind
+    name: str
+    data: bytes
+    format: str | None = None
+    size: int | None = None
+    seconds: float = 0.0
+
+
+class ArtifactLibrary:
+    """See the module.
+
+    Args:
+        store: Where bundles lie.
+        trust: Whose are used, and as whom is published.
+        config: Limits and switches.
+
+    Attributes:
+        counters: Kept up to date.
+    """
+
+    def __init__(
+        self, store: ArtifactStore, trust: Trust, config: ArtifactConfig, counters: ArtifactCounters | None = None
+    ) -> None:
+        self.store = store
+        self.trust = trust
+        self.config = config
+        self.counters = counters or ArtifactCounters()
+        self.marks = MarkBoard(store)
+
+    @classmethod
+    def in_memory(cls) -> Self:
+        """A library that ends with its process."""
+        return cls(MemoryStore(), Trust("none"), ArtifactConfig(store=None, trust="none"))
+
+    @classmethod
+    def from_config(cls, config: ArtifactConfig, folder: Path | None = None) -> Self:
+        """The library that a config describes.
+
+        Args:
+            folder: The user's artifact folder, if it is not the usual one.
+
+        Raises:
+            ConfigError: The store's URL, or a key, is wrong.
+        """
+        if config.store is None:
+            return cls.in_memory()
+        folder = folder or artifacts_root()
+        trust = Trust.from_config(config, folder)
+        counters = ArtifactCounters()
+        store = open_store(config, folder, on_failure=lambda direction: counters.store_failures.update([direction]))
+        return cls(store, trust, config, counters)
+
+    def open(self, key: BundleKey) -> Lookup:
+        """Look for a bundle and verify its manifests; fetches no blob."""
+        started = time.perf_counter()
+        try:
+            outcome, bundle = self._open(key.digest)
+            explanation = None if bundle else self.explain(key)
+        except StoreError as error:
+            logger.warning("artifact store: %s", error)
+            outcome, bundle, explanation = Outcome.UNAVAILABLE, None, None
+        self.counters.lookups[outcome.value] += 1
+        if bundle is not None:
+            self._note_use(key.digest)
+        elif explanation is not None:
+            self.counters.misses[explanation.label] += 1
+        return Lookup(outcome, bundle, explanation, time.perf_counter() - started)
+
+    def read(self, bundle: Bundle, entry: Entry) -> bytes:
+        """The bytes of an entry, compared with its digest.
+
+        Raises:
+            RefusedError: They are missing, others, or too many; the bundle has been quarantined.
+            StoreError: The store is in trouble.
+        """
+        try:
+            data = self._verified_blob(entry)
+        except RefusedError as error:
+            self.quarantine(bundle, error.reason, f"{entry.kind} {entry.name}: {error}")
+            raise
+        self.counters.num_fetched += 1
+        self.counters.bytes_fetched += len(data)
+        return data
+
+    def publish(self, key: BundleKey, additions: Sequence[Addition], base: Bundle | None = None) -> Bundle | None:
+        """Write blobs, then one manifest with them and with everything of ``base``.
+
+        Args:
+            base: What was found or published before.
+
+        Returns:
+            The new bundle; None if this process may not publish, or the store did not take it.
+        """
+        if not self.config.publish or not self.trust.may_publish:
+            return None
+        try:
+            return self._publish(key, additions, base)
+        except StoreError as error:
+            logger.warning("not published: %s", error)
+            return None
+
+    def quarantine(self, bundle: Bundle, reason: Refusal, text: str, blobs: Iterable[str] = ()) -> None:
+        """Mark a bundle bad for the whole fleet.
+
+        Args:
+            blobs: Digests that must not be used in another bundle of this key either.
+        """
+        self.counters.refusals[reason.value] += 1
+        self.marks.quarantine(bundle.key, bundle.heads, reason, text, blobs)
+
+    def remember_failure(self, key: BundleKey, text: str) -> None:
+        """Have nobody in the fleet build this key for a while."""
+        self.marks.remember_failure(key.digest, text, self.config.failure_ttl_s)
+
+    def recent_failure(self, key: BundleKey) -> FailureMark | None:
+        """A failure of this key that is still remembered."""
+        try:
+            return self.marks.recent_failure(key.digest, self.config.failure_ttl_s)
+        except StoreError:
+            return None
+
+    def explain(self, key: BundleKey) -> Explanation:
+        """Which factors keep the nearest bundle from being used.
+
+        Raises:
+            StoreError: The store is in trouble.
+        """
+        candidates: dict[str, Mapping[str, Mapping[str, Any]]] = {}
+        for found_key, manifest in self._newest_manifests():
+            candidates.setdefault(found_key, manifest.factors)
+        return explain(key, candidates)
+
+    def find_builds(self, key: BundleKey, sections: Iterable[str]) -> Iterator[tuple[Bundle, Entry]]:
+        """Pieces of other bundles that were made under the same conditions.
+
+        Args:
+            sections: The graph-affecting factors that a compiled piece depends on besides its own key.
+        """
+        wanted = {name: key.graph.get(name) for name in sections}
+        try:
+            for _, manifest in self._newest_manifests():
+                graph = manifest.factors["graph"]
+                if manifest.key != key.digest and {name: graph.get(name) for name in wanted} == wanted:
+                    bundle = self._open(manifest.key)[1]
+                    yield from ((bundle, entry) for entry in bundle.find(Kind.PIECE)) if bundle else ()
+        except StoreError as error:
+            logger.warning("artifact store: %s", error)
+
+    def manifests(self, key: str) -> Iterator[tuple[StoredObject, Manifest | RefusedError]]:
+        """Every manifest of a key, or why it is not used; marks are not looked at.
+
+        Raises:
+            StoreError: The store is in trouble.
+        """
+        newest = sorted(self.store.list(manifest_prefix(key)), key=lambda item: -item.modified_s)
+        for item in newest[:_MAX_MANIFESTS]:
+            try:
+                yield item, self._verified_manifest(item, key)
+            except RefusedError as error:
+                yield item, error
+
+    def _open(self, key: str) -> tuple[Outcome, Bundle | None]:
+        marks = {mark.manifest: mark for mark in self.marks.quarantined(key)}
+        good: dict[str, Manifest] = {}
+        num_refused = 0
+        for item, found in self.manifests(key):
+            if last_part(item.name) in marks:
+                continue
+            if isinstance(found, Manifest):
+                good[last_part(item.name)] = found
+                continue
+            num_refused += 1
+            self.counters.refusals[found.reason.value] += 1
+            logger.warning("manifest %s is not used: %s", item.name, found)
+            if found.reason in _OBJECTIVE:
+                self.marks.quarantine(key, [last_part(item.name)], found.reason, str(found), ())
+        bad_blobs = {blob for mark in marks.values() for blob in mark.blobs}
+        bundle = unite(good, is_trusted=self.trust.vouches, bad_blobs=bad_blobs)
+        if bundle is not None and bundle.first(Kind.PLAN) is not None:
+            return Outcome.HIT, bundle
+        if code_faults(marks.values()) >= MAX_CODE_FAULTS:
+            return Outcome.BLOCKED, None
+        if marks:
+            return Outcome.QUARANTINED, None
+        return (Outcome.REFUSED if num_refused else Outcome.ABSENT), None
+
+    def _verified_manifest(self, item: StoredObject, key: str) -> Manifest:
+        envelope = self.store.get(item.name, MAX_MANIFEST_BYTES)
+        if envelope is None:
+            raise RefusedError(Refusal.MISSING_BLOB, "It was removed while it was being looked at.")
+        if sha256(envelope) != last_part(item.name):
+            raise RefusedError(Refusal.MALFORMED, "Its bytes are not those that its name stands for.")
+        payload, _ = unseal(envelope, PAYLOAD_TYPE, self.trust.keys, allow_unsigned=self.trust.allows_unsigned)
+        return Manifest.from_payload(payload, key)
+
+    def _verified_blob(self, entry: Entry) -> bytes:
+        name = blob_name(entry.sha256)
+        if entry.num_bytes > self.config.max_blob_bytes:
+            raise RefusedError(Refusal.TOO_LARGE, f"It has {entry.num_bytes} bytes, above max_blob_bytes.")
+        data = self.store.get(name, entry.num_bytes)
+        if data is None:
+            raise RefusedError(Refusal.MISSING_BLOB, "It is not in the store.")
+        if len(data) != entry.num_bytes or sha256(data) != entry.sha256:
+            self._remove_damaged(name)
+            raise RefusedError(Refusal.DAMAGED_BLOB, "Its bytes are not those that were signed.")
+        if is_zip(data):
+            check_zip(data, self.config.max_unpacked_bytes)
+        return data
+
+    def _remove_damaged(self, name: str) -> None:
+        """So that whoever builds it again can write it."""
+        try:
+            self.store.delete(name)
+        except StoreError as error:
+            logger.warning("the damaged blob stays in the store: %s", error)
+
+    def _publish(self, key: BundleKey, additions: Sequence[Addition], base: Bundle | None) -> Bundle:
+        signer = self.trust.signer
+        origin = signer.key_id if signer else None
+        num_bytes = 0
+        slots = {entry.slot: entry for entry in base.entries} if base else {}
+        for addition in additions:
+            fields = {field.name: getattr(addition, field.name) for field in dataclasses.fields(addition)}
+            data = fields.pop("data")
+            entry = Entry(**fields, sha256=sha256(data), num_bytes=len(data), origin=origin)
+            slots[entry.slot] = entry
+            num_bytes += self._put_blob(entry, data)
+        factors = {"graph": dict(key.graph), "capture": dict(key.capture), "runtime": dict(key.runtime)}
+        heads = base.heads if base else ()
+        manifest = Manifest(key.digest, factors, tuple(slots.values()), time.time(), heads, CREATOR)
+        envelope = seal(manifest.to_payload(), PAYLOAD_TYPE, signer)
+        digest = sha256(envelope)
+        self.store.put_if_absent(f"{manifest_prefix(key.digest)}{digest}", envelope)
+        self.counters.num_published += 1
+        self.counters.bytes_published += num_bytes
+        logger.info("published %s of key %s: %d entries", digest[:16], key.digest[:16], len(slots))
+        return Bundle(key.digest, factors, manifest.entries, (digest,), manifest.created_s)
+
+    def _put_blob(self, entry: Entry, data: bytes) -> int:
+        """Write a blob; one that is there already must be the same. Returns the bytes written."""
+        name = blob_name(entry.sha256)
+        if self.store.put_if_absent(name, data):
+            return len(data)
+        try:
+            if self.store.get(name, len(data)) == data:
+                return 0
+        except RefusedError:
+            pass
+        self.store.delete(name)
+        self.store.put_if_absent(name, data)
+        return len(data)
+
+    def _newest_manifests(self) -> Iterator[tuple[str, Manifest]]:
+        """A verified manifest of each of the newest keys."""
+        newest: dict[str, StoredObject] = {}
+        for item in self.store.list(BUNDLES):
+            held = newest.get(key_of(item.name))
+            if held is None or item.modified_s > held.modified_s:
+                newest[key_of(item.name)] = item
+        for key, item in sorted(newest.items(), key=lambda pair: -pair[1].modified_s)[:_MAX_CANDIDATES]:
+            try:
+                yield key, self._verified_manifest(item, key)
+            except RefusedError:
+                continue
+
+    def _note_use(self, key: str) -> None:
+        """Once a day and key, for garbage collection; nobody waits for it."""
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+
+        def write() -> None:
+            try:
+                self.store.put_if_absent(f"{USES}{key}/{today}", b"")
+            except (StoreError, RefusedError) as error:
+                logger.debug("use of %s not noted: %s", key, error)
+
+        threading.Thread(target=write, name="artifact-use", daemon=True).start()
