@@ -47,7 +47,12 @@ class ReplicaConfig(_Section):
         num_gpus: GPUs that Ray reserves for each; a fraction shares a device.
         max_queued_requests: Requests that may wait in one replica; beyond it the answer is 429.
         start_timeout_s: Longest time a request waits for a first replica to become ready.
-        health_check_period_s: How often Serve asks a replica whether its engine lives.
+        health_check_period_s: How often Serve asks a replica whether its engine lives; the third failure in a row
+            replaces it.
+        health_check_timeout_s: Longest wait for the answer.
+        step_timeout_s: An engine that is at one step for longer than this hangs.
+        heartbeat_timeout_s: A replica that an ingress has not heard of for this long is lost: its streams go on
+            elsewhere.
         graceful_shutdown_timeout_s: How long a stopping replica may finish what it runs.
     """
 
@@ -57,6 +62,9 @@ class ReplicaConfig(_Section):
     max_queued_requests: int = pydantic.Field(default=256, ge=1)
     start_timeout_s: float = pydantic.Field(default=60.0, gt=0)
     health_check_period_s: float = pydantic.Field(default=2.0, gt=0)
+    health_check_timeout_s: float = pydantic.Field(default=10.0, gt=0)
+    step_timeout_s: float = pydantic.Field(default=60.0, gt=0)
+    heartbeat_timeout_s: float = pydantic.Field(default=10.0, gt=0)
     graceful_shutdown_timeout_s: float = pydantic.Field(default=20.0, ge=0)
 
 

@@ -27,12 +27,15 @@ class GenerateRequest:
         params: Sampling parameters.
         resume_token_ids: Output tokens that an earlier replica already produced and that the client has: they
             are not produced again, and sampling goes on after them.
+        attempt: How many replicas were lost under this request. One that was lost goes ahead of newcomers and is
+            taken beyond the queue's bound: its client has waited already.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     resume_token_ids: tuple[int, ...] = ()
+    attempt: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class StepMessage:
     """What one or, to a slow reader, several engine steps produced for one ingress.
 
     Attributes:
-        chunks: In order; a request may appear more than once if the reader fell behind.
+        chunks: In order; a request may appear more than once if the reader fell behind. None in a heartbeat.
         state: The replica's state after the last of them.
     """
 

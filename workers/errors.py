@@ -69,3 +69,7 @@ class QueueFullError(WarmgraphError):
 
 class EngineDeadError(WarmgraphError):
     """The engine stopped because of an unexpected error; its replica must be replaced (HTTP 503)."""
+
+
+class PoisonedRequestError(WarmgraphError):
+    """Replicas die of the request, so it is not tried again (HTTP 500, not to be retried)."""

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from workers.errors import (
     EngineDeadError,
     InvalidRequestError,
+    PoisonedRequestError,
     PromptTooLongError,
     QueueFullError,
     UnknownModelError,
@@ -80,6 +81,7 @@ _RULES: dict[type[BaseException], _Rule] = {
     UnsupportedMediaTypeError: _Rule(415, _INVALID, "unsupported_media_type"),
     QueueFullError: _Rule(429, "rate_limit_error", "rate_limit_exceeded"),
     GenerationFailedError: _Rule(500, _SERVER, "generation_failed"),
+    PoisonedRequestError: _Rule(500, _SERVER, "request_kills_replicas"),
     EngineDeadError: _Rule(503, _SERVER, "engine_dead"),
 }
 
@@ -117,6 +119,8 @@ def to_api_error(error: Exception) -> ApiError:
     headers = {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, PoisonedRequestError):
+        headers["X-Should-Retry"] = "false"  # OpenAI's client would send it again
     if isinstance(error, BodyTooLargeError):
         headers["Connection"] = "close"  # the rest of the body is not read
     param = getattr(error, "param", None)

@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.config import DeploymentConfig, ModelDeployment
 from cluster.serving.ingress import Ingress
+from cluster.serving.link import SILENT_TICKS
 from cluster.serving.replica import EngineReplica
 
 IMPORT_PATH = "cluster.serving.application:build"
@@ -55,11 +56,17 @@ def _engine(model: ModelDeployment) -> Application:
         max_ongoing_requests=_MAX_ONGOING_CALLS,
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         health_check_period_s=replicas.health_check_period_s,
+        health_check_timeout_s=replicas.health_check_timeout_s,
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
         request_router_config=RequestRouterConfig(
             request_router_class="cluster.routing.pinned_router:PinnedRouter"  # type: ignore[arg-type]  # Ray's own gap
         ),
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    application: Application = deployment.bind(model.engine.model_dump(mode="json"), replicas.max_queued_requests)
+    application: Application = deployment.bind(
+        model.engine.model_dump(mode="json"),
+        replicas.max_queued_requests,
+        replicas.step_timeout_s,
+        replicas.heartbeat_timeout_s / SILENT_TICKS,
+    )
     return application

@@ -40,10 +40,9 @@ class Ingress:
             handle = handles[model.name]
             fleet = Fleet(
                 handle,
-                handle.app_name,
-                handle.deployment_name,
                 POLICIES[model.routing.policy],
                 model.replicas.start_timeout_s,
+                model.replicas.heartbeat_timeout_s,
             )
             models.append(ServedModel(model, fleet))
         self._directory = Directory(models)

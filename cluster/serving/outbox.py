@@ -1,6 +1,6 @@
 """What a replica owes each ingress: chunks that wait for the next message.
 
-One outbox per connected ingress. Filled on the event loop by the engine's callback, drained by the ingress'
+One outbox per connection of an ingress. Filled on the event loop by the engine's callback, drained by the ingress'
 stream; a slow reader gets several steps in one message, so nothing is lost and nothing piles up per step.
 """
 
@@ -25,6 +25,10 @@ class Outbox:
         """Add a step's chunks for this ingress, which may be none, and the replica's new state."""
         self._chunks.extend(chunks)
         self._state = state
+        self._changed.set()
+
+    def wake(self) -> None:
+        """Send a message even if there is nothing to tell."""
         self._changed.set()
 
     async def get(self) -> StepMessage:

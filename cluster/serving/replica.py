@@ -27,17 +27,23 @@ class EngineReplica:
     Args:
         engine: The fields of an ``EngineConfig``.
         max_queued_requests: Requests that may wait here before a submission is refused.
+        step_timeout_s: An engine that is at one step for longer than this hangs, and the replica must be replaced.
+        heartbeat_s: Pause after which an ingress hears that the replica lives, in seconds.
 
     Every public coroutine takes ``replica_id``, which ``PinnedRouter`` reads on the way here.
     """
 
-    def __init__(self, engine: dict[str, Any], max_queued_requests: int) -> None:
+    def __init__(
+        self, engine: dict[str, Any], max_queued_requests: int, step_timeout_s: float, heartbeat_s: float
+    ) -> None:
         # Imported here because the class is also imported where the application is built, which needs no torch.
         from workers.engine.engine import Engine
         from workers.engine.thread import EngineThread
 
         self._config = EngineConfig.create(**engine)
         self._max_queued_requests = max_queued_requests
+        self._step_timeout_s = step_timeout_s
+        self._heartbeat_s = heartbeat_s
         self._loop = asyncio.get_event_loop()
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, str] = {}
@@ -48,14 +54,20 @@ class EngineReplica:
         self._state = self._make_state(self._stats)
 
     async def submit(self, client_id: str, request: GenerateRequest, replica_id: str | None = None) -> SubmitReply:
-        """Queue a request whose tokens go to ``client_id``'s step stream."""
+        """Queue a request whose tokens go to ``client_id``'s step stream, which must be open."""
+        if client_id not in self._outboxes:
+            return SubmitReply(False)
         num_waiting = self._state.num_waiting
-        if num_waiting >= self._max_queued_requests:
+        if num_waiting >= self._max_queued_requests and not request.attempt:
             return SubmitReply(False, retry_after_s=self._retry_after_s())
         self._owners[request.request_id] = client_id
         try:
             accepted = self._thread.add(
-                request.request_id, request.prompt_token_ids, request.params, request.resume_token_ids
+                request.request_id,
+                request.prompt_token_ids,
+                request.params,
+                request.resume_token_ids,
+                goes_first=request.attempt > 0,
             )
             await asyncio.wrap_future(accepted)
         except UserError as error:
@@ -70,17 +82,22 @@ class EngineReplica:
         self._thread.abort(request_ids)
 
     async def steps(self, client_id: str, replica_id: str | None = None) -> AsyncIterator[StepMessage]:
-        """The stream of step messages for one ingress, until it goes away; then its requests are aborted."""
+        """The stream of step messages for one connection of an ingress.
+
+        Ends with an error if the engine stops or hangs. When the ingress goes away its requests are aborted.
+        """
         outbox = self._outboxes[client_id] = Outbox(self._state)
+        heartbeat = self._loop.create_task(self._beat(outbox))
         try:
             while True:
                 yield await outbox.get()
                 self._raise_if_dead()
         finally:
+            heartbeat.cancel()
             del self._outboxes[client_id]
             orphans = [request_id for request_id, owner in self._owners.items() if owner == client_id]
             if orphans:
-                logger.info("ingress %s went away; aborting its %d requests", client_id, len(orphans))
+                logger.info("connection %s closed; aborting its %d requests", client_id, len(orphans))
                 await self.abort(orphans)
 
     async def stats(self, replica_id: str | None = None) -> EngineStats:
@@ -98,6 +115,13 @@ class EngineReplica:
     def _raise_if_dead(self) -> None:
         if self._thread.death is not None:
             raise EngineDeadError(f"The engine stopped: {self._thread.death}")
+        if self._thread.busy_s > self._step_timeout_s:
+            raise EngineDeadError(f"The engine hangs: one step has taken more than {self._step_timeout_s:g} s.")
+
+    async def _beat(self, outbox: Outbox) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            outbox.wake()
 
     def _on_step(self, chunks: list[TokenChunk], stats: EngineStats) -> None:
         """On the engine thread: hand over to the event loop."""

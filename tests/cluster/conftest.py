@@ -113,7 +113,14 @@ def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
                     "max_num_batched_tokens": 64,
                     "num_threads": 1,
                 },
-                "replicas": {"num_replicas": 2, "num_cpus": 0.1, "max_queued_requests": 24, "health_check_period_s": 1},
+                "replicas": {
+                    "num_replicas": 2,
+                    "num_cpus": 0.1,
+                    "max_queued_requests": 24,
+                    "health_check_period_s": 1,
+                    "health_check_timeout_s": 3,
+                    "heartbeat_timeout_s": 4,
+                },
             }
         ],
         "http": {"port": port, "max_body_bytes": 65536},

@@ -6,7 +6,14 @@ import pickle
 
 import pytest
 
-from workers.errors import EngineDeadError, InvalidRequestError, PromptTooLongError, QueueFullError, WarmgraphError
+from workers.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    PoisonedRequestError,
+    PromptTooLongError,
+    QueueFullError,
+    WarmgraphError,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +23,7 @@ from workers.errors import EngineDeadError, InvalidRequestError, PromptTooLongEr
         PromptTooLongError("too long"),
         QueueFullError("full", 2.5),
         EngineDeadError("dead"),
+        PoisonedRequestError("again and again"),
     ],
 )
 def test_errors_survive_pickling(error: WarmgraphError) -> None:

@@ -72,6 +72,7 @@ class Engine:
         params: SamplingParams,
         *,
         resume_token_ids: Sequence[int] = (),
+        goes_first: bool = False,
     ) -> None:
         """Queue one request; ``params.n`` must be 1 (``SamplingParams.fan_out`` makes the copies).
 
@@ -80,6 +81,7 @@ class Engine:
             prompt_token_ids: At least one token.
             params: Sampling parameters.
             resume_token_ids: Output tokens to continue after; they are not emitted again.
+            goes_first: Queue it ahead of all that wait.
 
         Raises:
             InvalidRequestError: The request cannot be served as asked; says what to change.
@@ -100,7 +102,7 @@ class Engine:
             arrival_time_s=time.monotonic(),
             seed=next(self._seeds) if params.seed is None else params.seed,
         )
-        self.scheduler.add(request)
+        self.scheduler.add(request, goes_first=goes_first)
         self._requests[request_id] = request
         self._outputs.add(request)
         self._num_prompt_tokens += len(prompt_token_ids)

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -33,6 +34,7 @@ class AddRequest:
     prompt_token_ids: list[int]
     params: SamplingParams
     resume_token_ids: Sequence[int]
+    goes_first: bool
     accepted: Future[None]
 
 
@@ -70,6 +72,7 @@ class EngineThread:
         self._ready: Future[Engine] = Future()
         self._death: BaseException | None = None
         self._live: set[str] = set()
+        self._busy_since_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -82,17 +85,25 @@ class EngineThread:
         """The error that ended the engine, or None while it lives."""
         return self._death
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the thread began what it is doing: a step, or taking commands; 0 while it waits."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
     def add(
         self,
         request_id: str,
         prompt_token_ids: list[int],
         params: SamplingParams,
         resume_token_ids: Sequence[int] = (),
+        *,
+        goes_first: bool = False,
     ) -> Future[None]:
         """Queue a request; the future resolves once the engine has accepted it, or raises why not."""
         self._check_alive()
         accepted: Future[None] = Future()
-        self._commands.put(AddRequest(request_id, prompt_token_ids, params, resume_token_ids, accepted))
+        self._commands.put(AddRequest(request_id, prompt_token_ids, params, resume_token_ids, goes_first, accepted))
         self._check_alive()  # the engine may have died, and answered what was queued, before the put
         return accepted
 
@@ -127,7 +138,9 @@ class EngineThread:
     def _loop(self, engine: Engine) -> None:
         has_idle_work = True
         while True:
+            self._busy_since_s = None
             commands = self._next_commands(wait=not engine.has_unfinished and not has_idle_work)
+            self._busy_since_s = time.monotonic()
             for command in commands:
                 if command is None:
                     return
@@ -164,6 +177,7 @@ class EngineThread:
                 command.prompt_token_ids,
                 command.params,
                 resume_token_ids=command.resume_token_ids,
+                goes_first=command.goes_first,
             )
         except UserError as error:
             command.accepted.set_exception(error)

@@ -8,7 +8,8 @@ Nobody is admitted before all who run have got a token, so decodes never exceed 
 is in every step. A request gets the blocks of all its known tokens when it is admitted, so only decodes ask
 for more; when none is left, the latest arrival among the running is preempted: it loses its blocks, keeps its
 tokens, goes to the head of the queue and is recomputed later, from the prefix cache where that still has its
-blocks. ``running`` followed by ``waiting`` is always in order of arrival. The earliest request could be
+blocks. ``running`` followed by ``waiting`` is always in order of arrival (a request that ``goes_first``
+arrives before all that wait). The earliest request could be
 preempted only by itself, which ``add`` rules out by refusing what exceeds the pool; so it advances, and the
 rest follows: no deadlock, no livelock.
 
@@ -88,8 +89,12 @@ class Scheduler:
 
     # Requests come and go.
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, *, goes_first: bool = False) -> None:
         """Queue a request; it may bring output tokens to continue from.
+
+        Args:
+            request: A new one.
+            goes_first: Queue it ahead of all that wait, as if it had arrived before them.
 
         Raises:
             InvalidRequestError: It can never run; the message says what to change.
@@ -99,6 +104,8 @@ class Scheduler:
         request.status = RequestStatus.WAITING
         self._requests[request.request_id] = request
         self._waiting[request.request_id] = request
+        if goes_first:
+            self._waiting.move_to_end(request.request_id, last=False)
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
         """End requests that nobody waits for any more, and return them.
