@@ -85,6 +85,22 @@ def test_the_engine_serves_before_all_is_captured(eager_tokens: list[list[int]])
     assert tokens(llm) == eager_tokens
 
 
+def test_other_sampling_plans_get_graphs_of_their_own_in_idle_moments(eager_tokens: list[list[int]]) -> None:
+    llm = make_llm(cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[4, 8], cudagraph_first_sizes="all")
+    runner = llm.engine.runner
+    assert tokens(llm) == eager_tokens
+    before = {(row.num_tokens, row.num_graphs) for row in runner.graph_report().graphs}
+    assert before == {(4, 1), (8, 1)}
+    while runner.capture_next_graph():
+        pass
+    after = {row.num_tokens: row.num_graphs for row in runner.graph_report().graphs}
+    assert after[8] > 1
+    replays = runner.graph_report().replays["FULL"]
+    assert tokens(llm) == eager_tokens
+    assert runner.graph_report().replays["FULL"] > replays
+    assert not runner.capture_next_graph()
+
+
 def test_enforce_eager_wins(eager_tokens: list[list[int]]) -> None:
     llm = LLM(
         str(tiny_checkpoint("llama")),

@@ -7,6 +7,7 @@ import torch
 
 from tests.sampling_cases import VOCAB_SIZE, Row, sample
 from workers.sampling import Sampler, SamplingState
+from workers.sampling.selection import first_argmax
 from workers.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -86,3 +87,16 @@ def test_replays_equal_eager_steps(params: list[SamplingParams]) -> None:
         return tokens
 
     assert run(captured=True) == run(captured=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 128256), (3, 50257), (256, 32000), (7, 2048), (5, 100)])
+def test_argmax_takes_the_first_of_the_largest(dtype: torch.dtype, num_rows: int, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    x_RV = torch.randn(num_rows, vocab_size, generator=generator).to(dtype)
+    x_RV[0] = 0.0  # nothing but ties
+    x_RV[-1, vocab_size // 2 :: 7] = 100.0
+    if num_rows > 2:
+        x_RV[1] = float("-inf")
+        x_RV[2, 60:] = float("nan")
+    assert first_argmax(x_RV.cuda()).tolist() == x_RV.argmax(dim=-1).tolist()

@@ -95,6 +95,10 @@ class CUDAGraphWrapper:
         """The wrapped callable."""
         return self._runnable
 
+    def has_graph(self, descriptor: BatchDescriptor) -> bool:
+        """Whether a batch of this descriptor can be replayed."""
+        return descriptor in self._entries
+
     def captured_descriptors(self) -> list[BatchDescriptor]:
         """What this wrapper has graphs for, in capture order."""
         return list(self._entries)

@@ -74,10 +74,14 @@ class Linear(nn.Module):
         return y_TN
 
     def logits(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """:meth:`forward` in fp32; where the weight is packed, its fp32 sums are not rounded in between."""
+        """:meth:`forward` for a language-model head: fp32 sums, unrounded, where the weight is packed.
+
+        Elsewhere the result stays in ``x_TK``'s dtype, which holds all there is of it; making it fp32 would cost a pass
+        over the largest activation of a step.
+        """
         if self.packed_weight is None:
             y_TN: torch.Tensor = self(x_TK)
-            return y_TN.float()
+            return y_TN
         logits_TN: torch.Tensor = torch.ops.warmgraph.packed_linear(
             x_TK, self.packed_weight, self.bias, self.out_features, True
         )

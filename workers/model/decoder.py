@@ -235,7 +235,7 @@ class DecoderForCausalLM(nn.Module):
         return hidden_TE
 
     def compute_logits(self, hidden_NE: torch.Tensor) -> torch.Tensor:
-        """Logits ``[N, V]`` in fp32 for chosen rows of ``forward``'s result."""
+        """Logits ``[N, V]`` for chosen rows of ``forward``'s result, as precise as :meth:`Linear.logits` has them."""
         return self.lm_head.logits(hidden_NE)
 
     def attention_spec(self, block_size: int) -> AttentionSpec:

@@ -49,3 +49,35 @@ class HostDeviceBuffer:
             self._turn = (self._turn + 1) % len(self._hosts)
             self.np = self._arrays[self._turn]
         return view
+
+
+class HostCopies:
+    """Brings the results of steps to the host without waiting; takes turns like :class:`HostDeviceBuffer`.
+
+    Args:
+        max_rows: Of a result.
+        device: Where results come from.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        # One more than steps in flight: a result may be read while the next step is launched.
+        num_turns = _NUM_HOSTS + 1 if self._is_cuda else 0
+        self._hosts = [torch.empty(max_rows, dtype=torch.int64, pin_memory=True) for _ in range(num_turns)]
+        self._events = [torch.cuda.Event() for _ in range(num_turns)]  # type: ignore[no-untyped-call]  # PyTorch's gap
+        self._turn = 0
+
+    def start(self, values_R: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Queue the copy of an int64 result.
+
+        Returns:
+            Where it will be, until as many more results have come as may be in flight, and what to wait for; on a
+            CPU the result itself, and nothing.
+        """
+        if not self._is_cuda:
+            return values_R, None
+        self._turn = (self._turn + 1) % len(self._hosts)
+        host_R, done = self._hosts[self._turn][: len(values_R)], self._events[self._turn]
+        host_R.copy_(values_R, non_blocking=True)
+        done.record()
+        return host_R, done

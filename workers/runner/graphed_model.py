@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from workers.attention.base import AttentionBackend
+from workers.attention.base import AttentionBackend, BatchGeometry
 from workers.compile.model import CompiledModel, compile_model
 from workers.compile.stitch import PieceInfo
 from workers.compile.store import LocalPieceStore
@@ -45,7 +46,12 @@ from workers.graphs.wrapper import CUDAGraphWrapper
 from workers.model.decoder import DecoderForCausalLM
 from workers.modes import CompilationMode
 from workers.runner.cpu_model import CpuModel
+from workers.runner.decode_batch import DecodeBatch, DecodeInputs
+from workers.runner.decode_graphs import DecodeGraphs
 from workers.runner.input_batch import InputBatch, StepInputs
+from workers.sampling.logprobs import LogprobsTensors
+from workers.sampling.plan import GREEDY_PLAN, SamplingPlan
+from workers.sampling.sampler import Sampler
 from workers.scheduler.output import SchedulerOutput
 
 logger = logging.getLogger(__name__)
@@ -61,7 +67,9 @@ class GraphedModel:
         model: The decoder.
         backend: Its attention.
         kv_caches: Per layer.
-        batch: Owner of the persistent input buffers; dummy batches for captures come from it.
+        batch: Owner of the input buffers of any step; dummy batches for captures come from it.
+        decode_batch: The same for pure decodes.
+        sampler: Part of a decode step.
     """
 
     def __init__(
@@ -71,12 +79,15 @@ class GraphedModel:
         backend: AttentionBackend,
         kv_caches: Sequence[torch.Tensor],
         batch: InputBatch,
+        decode_batch: DecodeBatch,
+        sampler: Sampler,
     ) -> None:
         self._model = model
         self._attn_backend = backend
         compile_mode = _compile_mode(config, backend.device)
         self._kv_caches = kv_caches
         self._batch = batch
+        self._decode_batch = decode_batch
         self._graph_backend = make_graph_backend(backend.device)
         self._resolution = _resolve(config, compile_mode, backend, self._graph_backend.freezes_context)
         compilation = config.compilation_config
@@ -111,28 +122,31 @@ class GraphedModel:
         self._run_model = (
             CpuModel(self.compiled, backend, kv_caches) if is_plain and backend.device.type == "cpu" else self.compiled
         )
-        self._decode = self._wrap(self._decode_logits, CUDAGraphMode.FULL, "decode")
+        self._decode = DecodeGraphs(
+            self._decode_logits, decode_batch, sampler, lambda step: self._wrap(step, CUDAGraphMode.FULL, "decode")
+        )
         self._forward = self._wrap(self._run_model, CUDAGraphMode.FULL, "model")
 
-    def dispatch(self, output: SchedulerOutput) -> tuple[CUDAGraphMode, BatchDescriptor]:
-        """The runtime mode and the padded size of a step."""
-        uniform = 1 if output.num_tokens == output.num_reqs else None
-        return self._dispatcher.dispatch(output.num_reqs, output.num_tokens, uniform)
+    def dispatch(self, output: SchedulerOutput, *, is_decode: bool) -> tuple[CUDAGraphMode, BatchDescriptor]:
+        """The runtime mode and the padded size of a step; ``is_decode`` for a step of :meth:`run_decode`."""
+        return self._dispatcher.dispatch(output.num_reqs, output.num_tokens, 1 if is_decode else None)
 
-    def run(
-        self, inputs: StepInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def run(self, inputs: StepInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> torch.Tensor:
         """Run the model on a prepared batch.
 
         Returns:
-            Hidden states ``[T, E]`` and logits ``[T, V]``: the first is None for a full graph of a pure decode, which
-            ends in logits, the second is None for every other batch. Valid until the next call.
+            Hidden states ``[T, E]``, valid until the next call.
         """
-        metadata = self._attn_backend.build_metadata(inputs.geometry)
-        with set_forward_context(ForwardContext(self._attn_backend, metadata, self._kv_caches, mode, descriptor)):
-            if mode is CUDAGraphMode.FULL and descriptor.uniform:
-                return None, self._decode(inputs.input_ids_T, inputs.positions_T)
-            return self._forward(inputs.input_ids_T, inputs.positions_T), None
+        with self._context(inputs.geometry, mode, descriptor):
+            hidden_TE: torch.Tensor = self._forward(inputs.input_ids_T, inputs.positions_T)
+            return hidden_TE
+
+    def run_decode(
+        self, inputs: DecodeInputs, plan: SamplingPlan, mode: CUDAGraphMode, descriptor: BatchDescriptor
+    ) -> tuple[torch.Tensor, LogprobsTensors | None]:
+        """Run and sample a prepared decode step; see :class:`DecodeGraphs`."""
+        with self._context(inputs.geometry, mode, descriptor):
+            return self._decode(inputs.table_RF, plan, inputs.num_reqs)
 
     def capture_first_set(self) -> None:
         """Capture what serves every decode batch by padding; afterwards the engine is ready."""
@@ -142,7 +156,7 @@ class GraphedModel:
 
     def capture_next(self, idle: bool) -> bool:
         """Make one of the remaining captures, if ``idle``; returns whether there was one."""
-        return self._capturer.capture_next(idle)
+        return self._capturer.capture_next(idle) or (idle and self._capture_wanted())
 
     def report(self) -> GraphReport:
         """What was captured, replayed and padded so far."""
@@ -190,10 +204,36 @@ class GraphedModel:
     def _decode_logits(self, input_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         return self._model.compute_logits(self._run_model(input_ids_T, positions_T))
 
+    def _context(
+        self, geometry: BatchGeometry, mode: CUDAGraphMode, descriptor: BatchDescriptor
+    ) -> AbstractContextManager[ForwardContext]:
+        metadata = self._attn_backend.build_metadata(geometry)
+        return set_forward_context(ForwardContext(self._attn_backend, metadata, self._kv_caches, mode, descriptor))
+
     def _run_dummy(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
-        num_reqs = descriptor.num_reqs or 1
-        query_len = 1 if descriptor.uniform else 2
-        self.run(self._batch.prepare_dummy(descriptor.num_tokens, num_reqs, query_len), mode, descriptor)
+        if descriptor.uniform:
+            self._run_dummy_decode(mode, descriptor, GREEDY_PLAN)
+        else:
+            self.run(self._batch.prepare_dummy(descriptor.num_tokens, descriptor.num_reqs or 1, 2), mode, descriptor)
+
+    def _run_dummy_decode(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, plan: SamplingPlan) -> None:
+        inputs = self._decode_batch.prepare_dummy(descriptor.num_tokens)
+        with self._context(inputs.geometry, mode, descriptor):
+            self._decode.capture(inputs.table_RF, plan)
+
+    def _capture_wanted(self) -> bool:
+        """Capture the decode graph of one more sampling plan, if steps asked for it; returns whether there was one."""
+        wanted = self._decode.next_wanted()
+        if wanted is None:
+            return False
+        plan, descriptor = wanted
+        self._decode.settle(plan, descriptor)
+        if self._budget.admit(CUDAGraphMode.FULL, descriptor):
+            with self._graph_backend.capturing(clean_up=False):
+                for mode in (_NO_GRAPH, CUDAGraphMode.FULL):
+                    self._run_dummy_decode(mode, descriptor, plan)
+            self._budget.note_held(self._graph_backend.bytes_held())
+        return True
 
 
 def _compile_mode(config: EngineConfig, device: torch.device) -> CompilationMode:

@@ -1,10 +1,8 @@
-"""The batch of a step in persistent buffers: who sits in which slot, and the step's inputs.
+"""A step of any kind in persistent buffers, laid out by the host: prefills, chunks, and decodes among them.
 
-Turns the scheduler's decision into token ids, positions, slot mapping and block tables. Knows requests and
-numbers, not the model.
-
-A *slot* belongs to a request from its first step until it leaves the batch; state that lives on the device across
-steps (sampling parameters, last sampled token) is indexed by slot. A *row* is a request's place in one step.
+Turns the scheduler's decision into token ids, positions, slot mapping and block tables. Steps of decodes alone have a
+shorter way (:mod:`workers.runner.decode_batch`). Knows requests and numbers, not the model. A *row* is a request's
+place in one step; slots are :mod:`workers.runner.slots`'.
 
 Shape suffixes: T = tokens of the step, R = requests of the step, M = most blocks of a request.
 """
@@ -18,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from workers.attention.base import PADDING_SLOT, BatchGeometry
-from workers.request import Request
 from workers.runner.buffers import HostDeviceBuffer
+from workers.runner.slots import SlotTable
 from workers.scheduler.output import ScheduledRequest, SchedulerOutput
 
 
@@ -49,16 +47,33 @@ class StepInputs:
 
 
 class InputBatch:
-    """Slots and persistent input buffers of one engine."""
+    """Persistent input buffers of one engine.
+
+    Args:
+        slots: Of the engine.
+        max_num_tokens: Most tokens in a step.
+        block_size: Tokens per KV block.
+        device: Where the buffers live.
+
+    Attributes:
+        input_ids: int64 tokens.
+        positions: int64 positions.
+        last_token_S: int64, the last token sampled in each slot, and one for padding rows: feeds a step where the
+            host does not know it yet.
+    """
 
     def __init__(
-        self, max_num_seqs: int, max_num_tokens: int, max_blocks_per_seq: int, block_size: int, device: torch.device
+        self,
+        slots: SlotTable,
+        max_num_tokens: int,
+        block_size: int,
+        device: torch.device,
     ) -> None:
         self.block_size = block_size
-        self._slots: dict[str, int] = {}
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._block_table = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
-        self._num_blocks = [0] * max_num_seqs
+        self._slot_table = slots
+        self._block_table = slots.block_table_SM
+        max_num_seqs, max_blocks_per_seq = slots.block_table_SM.shape
+        max_num_tokens = max(max_num_tokens, max_num_seqs)
 
         def tokens(dtype: torch.dtype) -> HostDeviceBuffer:
             return HostDeviceBuffer(max_num_tokens, dtype=dtype, device=device)
@@ -66,8 +81,8 @@ class InputBatch:
         def rows(dtype: torch.dtype, extra: int = 0) -> HostDeviceBuffer:
             return HostDeviceBuffer(max_num_seqs + extra, dtype=dtype, device=device)
 
-        self._input_ids = tokens(torch.int64)
-        self._positions = tokens(torch.int64)
+        self.input_ids = tokens(torch.int64)
+        self.positions = tokens(torch.int64)
         self._slot_mapping = tokens(torch.int64)
         self._query_start_loc = rows(torch.int32, extra=1)
         self._seq_lens = rows(torch.int32)
@@ -77,36 +92,20 @@ class InputBatch:
         self._from_device = rows(torch.bool)
         self._decode_slots = rows(torch.int64)
         self._tables = HostDeviceBuffer(max_num_seqs, max_blocks_per_seq, dtype=torch.int32, device=device)
-        #: Last token sampled in each slot; feeds the next step where the host does not know it yet.
-        self.last_token_S = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-
-    def drop(self, request_ids: list[str]) -> list[int]:
-        """Free the slots of requests that left the batch; returns the slots. Unknown ids never had one."""
-        slots = [self._slots.pop(request_id) for request_id in request_ids if request_id in self._slots]
-        self._free_slots.extend(slots)
-        return slots
-
-    def seat(self, request: Request) -> tuple[int, bool]:
-        """The request's slot, and whether it is new to the batch."""
-        slot = self._slots.get(request.request_id)
-        if slot is not None:
-            return slot, False
-        assert self._free_slots, "the scheduler put more requests into a step than max_num_seqs"
-        slot = self._slots[request.request_id] = self._free_slots.pop()
-        self._num_blocks[slot] = 0
-        return slot, True
+        self.last_token_S = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
 
     def prepare(self, output: SchedulerOutput, slots: list[int], num_tokens: int, num_reqs: int) -> StepInputs:
         """Write the step's inputs and commit them to the device.
 
         Args:
             output: The scheduler's decision.
-            slots: The slot of each scheduled request, from :meth:`seat`.
+            slots: The slot of each scheduled request.
             num_tokens: Tokens of the padded batch.
             num_reqs: Requests of the padded batch. Padding rows have length 0 and write to no cache slot.
         """
         scheduled = output.scheduled
-        self._update_block_tables(scheduled, slots)
+        for item, slot in zip(scheduled, slots, strict=True):
+            self._slot_table.update_blocks(item.request, slot)
         starts = np.array([s.num_computed_tokens for s in scheduled], dtype=np.int64)
         lens = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
         slots_np = np.array(slots, dtype=np.int64)
@@ -117,8 +116,8 @@ class InputBatch:
 
     def prepare_dummy(self, num_tokens: int, num_reqs: int, max_query_len: int) -> StepInputs:
         """A batch of padding rows only, at the addresses of real ones: for warm-up and capture."""
-        self._input_ids.np[:num_tokens] = 0
-        self._positions.np[:num_tokens] = 0
+        self.input_ids.np[:num_tokens] = 0
+        self.positions.np[:num_tokens] = 0
         self._slot_mapping.np[:num_tokens] = PADDING_SLOT
         self._query_start_loc.np[: num_reqs + 1] = 0
         self._seq_lens.np[:num_reqs] = 0
@@ -136,22 +135,14 @@ class InputBatch:
         )
         return StepInputs(
             geometry=geometry,
-            input_ids_T=self._input_ids.commit(num_tokens),
-            positions_T=self._positions.commit(num_tokens),
+            input_ids_T=self.input_ids.commit(num_tokens),
+            positions_T=self.positions.commit(num_tokens),
             sampled=[],
             sampled_slots=[],
             sampled_slots_R=self._sampled_slots.device[:0],
             num_output_R=self._num_output.device[:0],
             last_rows_R=None,
         )
-
-    def _update_block_tables(self, scheduled: list[ScheduledRequest], slots: list[int]) -> None:
-        for item, slot in zip(scheduled, slots, strict=True):
-            block_ids = item.request.block_ids
-            known = self._num_blocks[slot]
-            if len(block_ids) != known:
-                self._block_table[slot, known : len(block_ids)] = block_ids[known:]
-                self._num_blocks[slot] = len(block_ids)
 
     def _commit_input_ids(self, output: SchedulerOutput, slots: list[int], padded: int) -> torch.Tensor:
         """Tokens the host knows come from the request; a token still being sampled is read on the device."""
@@ -166,9 +157,9 @@ class InputBatch:
                 ids.append(0)
             else:
                 ids.extend(known[start : start + item.num_tokens])
-        self._input_ids.np[: len(ids)] = ids
-        self._input_ids.np[len(ids) : padded] = 0
-        input_ids_T = self._input_ids.commit(padded)
+        self.input_ids.np[: len(ids)] = ids
+        self.input_ids.np[len(ids) : padded] = 0
+        input_ids_T = self.input_ids.commit(padded)
         if from_device:
             # Decodes come first and bring one token each, so row and token index agree.
             num_rows = from_device[-1] + 1
@@ -196,11 +187,11 @@ class InputBatch:
             positions = np.repeat(starts - first_row, lens) + np.arange(num_tokens)
             slot_of_token = np.repeat(slots, lens)
         blocks = self._block_table[slot_of_token, positions // self.block_size].astype(np.int64)
-        self._positions.np[:num_tokens] = positions
+        self.positions.np[:num_tokens] = positions
         self._slot_mapping.np[:num_tokens] = blocks * self.block_size + positions % self.block_size
-        self._positions.np[num_tokens:padded] = 0
+        self.positions.np[num_tokens:padded] = 0
         self._slot_mapping.np[num_tokens:padded] = PADDING_SLOT
-        return self._positions.commit(padded), self._slot_mapping.commit(padded)
+        return self.positions.commit(padded), self._slot_mapping.commit(padded)
 
     def _geometry(
         self,

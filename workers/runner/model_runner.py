@@ -14,17 +14,20 @@ import torch
 
 from workers.attention.selector import make_backend
 from workers.config import EngineConfig
-from workers.graphs import GraphReport
+from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.config import ModelConfig
 from workers.model.loader import load_model
 from workers.outputs import PositionLogprobs
 from workers.request import Request
 from workers.runner import kv_cache
+from workers.runner.buffers import HostCopies
+from workers.runner.decode_batch import DecodeBatch
 from workers.runner.device import resolve_device, resolve_dtype
 from workers.runner.graphed_model import GraphedModel
 from workers.runner.input_batch import InputBatch, StepInputs
 from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sampled_logprobs
+from workers.runner.slots import SlotTable
 from workers.sampling.logprobs import LogprobsTensors
 from workers.sampling.sampler import Sampler
 from workers.sampling.state import SamplingState
@@ -115,13 +118,10 @@ class ModelRunner:
             folder, model_config, dtype, self.device, config.load_format, config.seed, max_model_len=max_model_len
         )
         self.backend = make_backend(config.attention_backend, self.model.attention_spec(config.block_size), self.device)
-        self._batch = InputBatch(
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            -(-max_model_len // config.block_size),
-            config.block_size,
-            self.device,
-        )
+        self._slots = SlotTable(config.max_num_seqs, -(-max_model_len // config.block_size))
+        self._batch = InputBatch(self._slots, config.max_num_batched_tokens, config.block_size, self.device)
+        self._decode_batch = DecodeBatch(self._slots, self._batch)
+        self._copies = HostCopies(config.max_num_seqs, self.device)
         self._sampling = SamplingState(config.max_num_seqs, model_config.vocab_size, self.device)
         self._sampler = Sampler(self._sampling)
         self.num_blocks = self._plan_blocks(model_config.num_hidden_layers, max_model_len)
@@ -129,28 +129,47 @@ class ModelRunner:
             self.backend, model_config.num_hidden_layers, self.num_blocks, self.device
         )
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
-        self._graphs = GraphedModel(config, self.model, self.backend, self._kv_caches, self._batch)
+        self._graphs = GraphedModel(
+            config, self.model, self.backend, self._kv_caches, self._batch, self._decode_batch, self._sampler
+        )
         self._graphs.capture_first_set()
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> PendingStep:
         """Launch one step; returns at once on CUDA, when it is done on a CPU."""
         slots = self._seat(output)
-        mode, descriptor = self._graphs.dispatch(output)
+        is_decode = output.num_tokens == output.num_reqs and all(item.samples for item in output.scheduled)
+        mode, descriptor = self._graphs.dispatch(output, is_decode=is_decode)
+        if is_decode:
+            return self._execute_decode(output, slots, mode, descriptor)
         inputs = self._batch.prepare(output, slots, descriptor.num_tokens, descriptor.num_reqs or output.num_reqs)
-        hidden_TE, logits_RV = self._graphs.run(inputs, mode, descriptor)
-        prompt: dict[str, PromptLogprobsChunk] = {}
-        if hidden_TE is not None:
-            prompt = prompt_logprobs(output, hidden_TE, self.model.compute_logits)
-            logits_RV = self._sampled_logits(inputs, hidden_TE)
-        assert logits_RV is not None
+        hidden_TE = self._graphs.run(inputs, mode, descriptor)
+        prompt = prompt_logprobs(output, hidden_TE, self.model.compute_logits)
+        logits_RV = self._sampled_logits(inputs, hidden_TE)
         plan = self._sampling.plan(inputs.sampled_slots)
-        logits_RV = logits_RV[: len(inputs.sampled)]
         sampled = self._sampler.sample(logits_RV, inputs.sampled_slots_R, inputs.num_output_R, plan)
         self._batch.last_token_S.index_copy_(0, inputs.sampled_slots_R, sampled.token_ids_R)
-        token_ids_R, done = self._start_copy(sampled.token_ids_R)
-        requests = [item.request for item in inputs.sampled]
-        return PendingStep(requests, token_ids_R, done, sampled.logprobs, prompt)
+        return self._pending([item.request for item in inputs.sampled], sampled.token_ids_R, sampled.logprobs, prompt)
+
+    def _execute_decode(
+        self, output: SchedulerOutput, slots: list[int], mode: CUDAGraphMode, descriptor: BatchDescriptor
+    ) -> PendingStep:
+        """A step in which every request computes one token and samples the next."""
+        inputs = self._decode_batch.prepare(output, slots, descriptor.num_tokens)
+        plan = self._sampling.plan(slots)
+        token_ids_R, logprobs = self._graphs.run_decode(inputs, plan, mode, descriptor)
+        return self._pending([item.request for item in output.scheduled], token_ids_R, logprobs, {})
+
+    def _pending(
+        self,
+        requests: list[Request],
+        token_ids_R: torch.Tensor,
+        logprobs: LogprobsTensors | None,
+        prompt: dict[str, PromptLogprobsChunk],
+    ) -> PendingStep:
+        """Begin moving the step's tokens to the host."""
+        host_R, done = self._copies.start(token_ids_R)
+        return PendingStep(requests, host_R, done, logprobs, prompt)
 
     @torch.inference_mode()
     def capture_next_graph(self) -> bool:
@@ -163,14 +182,15 @@ class ModelRunner:
 
     def _seat(self, output: SchedulerOutput) -> list[int]:
         """Give newcomers a slot, and free those of requests that left."""
-        for slot in self._batch.drop(output.dropped_request_ids):
+        for slot in self._slots.drop(output.dropped_request_ids):
             self._sampling.remove(slot)
         slots = []
         for item in output.scheduled:
             request = item.request
-            slot, is_new = self._batch.seat(request)
+            slot, is_new = self._slots.seat(request)
             slots.append(slot)
             if is_new:
+                self._decode_batch.forget(slot)
                 prompt = request.token_ids[: request.num_prompt_tokens]
                 self._sampling.add(
                     slot, request.params, prompt, request.output_token_ids, request.eos_token_ids, request.seed
@@ -182,16 +202,6 @@ class ModelRunner:
         if inputs.last_rows_R is None:
             return self.model.compute_logits(hidden_TE[: len(inputs.sampled)])
         return self.model.compute_logits(hidden_TE.index_select(0, inputs.last_rows_R))
-
-    def _start_copy(self, token_ids_R: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Begin moving the step's tokens to the host."""
-        if self.device.type != "cuda":
-            return token_ids_R, None
-        host_R = torch.empty(token_ids_R.shape, dtype=token_ids_R.dtype, pin_memory=True)
-        host_R.copy_(token_ids_R, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # PyTorch's own gap
-        done.record()
-        return host_R, done
 
     def _plan_blocks(self, num_layers: int, max_model_len: int) -> int:
         profile = None

@@ -2,8 +2,8 @@
 
 ``torch.argmax`` and ``torch.topk`` walk a row element by element on a CPU (1 ms for 8 rows of 49152), while
 ``amax`` is vectorised (0.06 ms). So on a CPU a row is cut into blocks, the maxima of the blocks say which blocks
-can hold the answer, and only those are walked. A GPU's ``argmax`` gives a row to one multiprocessor (28 us for one
-row of 128256), so few rows go by blocks there too; otherwise torch's own kernels are used.
+can hold the answer, and only those are walked. On a GPU, argmax is a kernel of our own where there is Triton; otherwise
+torch's are used.
 
 Shape suffixes: R rows, V vocabulary, N whole blocks in a row, B tokens of a block, K tokens asked for,
 C candidates.
@@ -11,12 +11,13 @@ C candidates.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 
 #: Tokens per block.
 BLOCK_SIZE = 128
-#: Rows up to which a GPU finds the largest values of blocks faster than those of rows.
-_FEW_ROWS = 4
 
 
 def split_blocks(x_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,8 +29,11 @@ def split_blocks(x_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def first_argmax(x_RV: torch.Tensor) -> torch.Tensor:
     """int64 [R]: index of the largest value; the first of equal ones."""
-    by_blocks = len(x_RV) <= _FEW_ROWS if x_RV.is_cuda else _by_blocks(x_RV, 1)
-    if not by_blocks or x_RV.shape[1] < BLOCK_SIZE:
+    if x_RV.is_cuda and _has_triton():
+        from workers.sampling.argmax_triton import argmax
+
+        return argmax(x_RV)
+    if not _by_blocks(x_RV, 1):
         return x_RV.argmax(dim=-1)
     blocks_RNB, tail_RT = split_blocks(x_RV)
     maxima_RN = blocks_RNB.amax(dim=-1)
@@ -39,6 +43,11 @@ def first_argmax(x_RV: torch.Tensor) -> torch.Tensor:
     first_R1 = maxima_RN.argmax(dim=-1, keepdim=True) * BLOCK_SIZE
     ids_RB = (first_R1 + torch.arange(BLOCK_SIZE, device=x_RV.device)).clamp(max=x_RV.shape[1] - 1)
     return ids_RB.gather(1, x_RV.gather(1, ids_RB).argmax(dim=-1, keepdim=True)).squeeze(1)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def top_k(x_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
