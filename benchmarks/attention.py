@@ -130,10 +130,12 @@ def compile_job(job: tuple[Variant, tuple[str, ...], int]) -> None:
     """In a child: put a variant's kernels into Triton's disk cache."""
     import triton
 
+    from workers.attention.triton_kernels.kernel_set import RopeKind
+
     one, names, capability = job
     driver: Any = _OfflineDriver(capability)
     triton.runtime.driver.set_active(driver)
-    launches = one.backend(torch.device("cpu")).kernels.launches()
+    launches = one.backend(torch.device("cpu")).kernels.launches(RopeKind())
     with contextlib.suppress(RuntimeError, TritonError):  # the parent meets the same error, and reports it
         for name in names:
             launches[name].start_compiling()

@@ -187,7 +187,7 @@ def measure(run: DecodeRun, phase: str, folder: Path, sizes: list[int]) -> dict[
     )
     store = LocalPieceStore(folder / "store")
     example = {"input_ids_T": run.ids(8), "positions_T": run.ids(8)}
-    model = compile_model(run.model, config, example, store=store)
+    model = compile_model(run.model, config, example, splitting_ops=run.backend.splitting_ops, store=store)
     clock.lap("compile_s")
     assert model.report.is_warm is (stage == "warm")
     tokens = run.generate(model)

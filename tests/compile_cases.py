@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from tests.paged import CPU, PagedSession
 from tests.tiny_models import VOCAB_SIZE, tiny_checkpoint
 from workers.attention.sdpa import SdpaPagedAttention
 from workers.compile import support_torch_compile
-from workers.compile.model import CompiledModel, compile_model
+from workers.compile.model import ATTENTION_OPS, CompiledModel, compile_model
 from workers.compile.stitch import WrapPiece
 from workers.compile.store import PieceStore
 from workers.config import CompilationConfig
@@ -61,10 +61,18 @@ def compile_decoder(
     *,
     store: PieceStore | None = None,
     wrap_piece: WrapPiece | None = None,
+    splitting_ops: Sequence[str] = ATTENTION_OPS,
     **config: Any,
 ) -> CompiledModel:
     """Compile with a config of these fields."""
-    return compile_model(model, CompilationConfig(**config), example_args(), store=store, wrap_piece=wrap_piece)
+    return compile_model(
+        model,
+        CompilationConfig(**config),
+        example_args(),
+        splitting_ops=splitting_ops,
+        store=store,
+        wrap_piece=wrap_piece,
+    )
 
 
 def random_steps(rng: random.Random, num_steps: int = 8) -> Iterator[tuple[dict[str, list[int]], int]]:

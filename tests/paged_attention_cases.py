@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from tests.paged import dense_attention
-from workers.attention.base import PADDING_SLOT, AttentionBackend, AttentionSpec, BatchGeometry
+from workers.attention.base import PADDING_SLOT, AttentionBackend, AttentionSpec, BatchGeometry, Rope
+from workers.kernels import reference
 
 #: Largest relative errors, ``||out - ref|| / ||ref||`` over everything and over one head of one token, that the
 #: rounding of softmax weights and of the output explains.
@@ -161,6 +162,54 @@ def run_case(backend: AttentionBackend, case: PagedCase) -> None:
     """One step of one layer."""
     metadata = backend.build_metadata(case.geometry)
     backend.forward(case.q_THD, case.k_TKD, case.v_TKD, case.kv_cache, metadata, case.out_THD)
+
+
+def check_rope(
+    backend: AttentionBackend,
+    seq_lens: Sequence[int],
+    query_lens: Sequence[int],
+    *,
+    has_norms: bool,
+    seed: int = 0,
+    **geometry_options: Any,
+) -> None:
+    """A step whose queries and keys come as projected gives what one gives that the reference has rotated before."""
+    raw, rotated = (make_case(backend, seq_lens, query_lens, seed, **geometry_options) for _ in range(2))
+    rope = make_rope(raw, has_norms=has_norms, seed=seed)
+    q_THD, k_TKD = raw.q_THD, raw.k_TKD
+    if rope.q_norm_D is not None and rope.k_norm_D is not None:
+        q_THD = reference.rms_norm(q_THD, rope.q_norm_D, rope.eps)
+        k_TKD = reference.rms_norm(k_TKD, rope.k_norm_D, rope.eps)
+    rotated.q_THD, rotated.k_TKD = reference.apply_rope(q_THD, k_TKD, rope.positions_T, rope.cos_sin_cache_PD)
+    run_case(backend, rotated)
+    metadata = backend.build_metadata(raw.geometry)
+    backend.forward_rope(raw.q_THD, raw.k_TKD, raw.v_TKD, raw.kv_cache, metadata, raw.out_THD, rope)
+    num_tokens = raw.geometry.num_tokens
+    overall, of_one_head = TOLERANCE[raw.out_THD.dtype]
+    assert raw.out_THD.isfinite().all()
+    for got, expected in (
+        (raw.out_THD[:num_tokens].double(), rotated.out_THD[:num_tokens].double()),
+        (raw.kv_cache.nan_to_num(nan=7.0).double(), rotated.kv_cache.nan_to_num(nan=7.0).double()),
+    ):
+        assert (got - expected).norm() <= overall * expected.norm()
+        assert ((got - expected).norm(dim=-1) <= of_one_head * expected.norm(dim=-1)).all()
+
+
+def make_rope(case: PagedCase, *, has_norms: bool, seed: int = 0) -> Rope:
+    """Random angles at the tokens' own positions, and random norm weights."""
+    head_dim, device = case.q_THD.shape[-1], case.q_THD.device
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    geometry = case.geometry
+    num_positions = int(geometry.seq_lens_cpu.max(initial=1))
+    angles_PF = torch.rand(num_positions, head_dim // 2, generator=generator, device=device) * 6.3
+    positions_T = torch.zeros(case.q_THD.shape[0], dtype=torch.int64, device=device)
+    for r in range(geometry.num_reqs):
+        start, end = geometry.query_start_loc_cpu[r : r + 2].tolist()
+        length = int(geometry.seq_lens_cpu[r])
+        positions_T[start:end] = torch.arange(length - (end - start), length, device=device)
+    norms = [torch.randn(head_dim, generator=generator, device=device).to(case.q_THD.dtype) for _ in range(2)]
+    table_PD = torch.cat((angles_PF.cos(), angles_PF.sin()), dim=-1)
+    return Rope(positions_T, table_PD, *norms, 1e-5) if has_norms else Rope(positions_T, table_PD)
 
 
 def _to_backend_layout(cells: torch.Tensor, backend: AttentionBackend, num_blocks: int) -> torch.Tensor:

@@ -64,8 +64,10 @@ def _split(engine: EngineConfig, device_name: str | None) -> tuple[SplitModel, P
     """The model's pieces, and their plan: the stored one, with its builds, if there is one."""
     import torch
 
+    from workers.attention.selector import make_backend
+    from workers.attention.triton_paged import TritonPagedAttention
     from workers.checkpoint.resolve import resolve_model
-    from workers.compile.model import ATTENTION_OPS, PieceCompilation
+    from workers.compile.model import PieceCompilation
     from workers.compile.store import LocalPieceStore, MemoryPieceStore
     from workers.model.config import ModelConfig
     from workers.model.decoder import DecoderForCausalLM
@@ -79,15 +81,18 @@ def _split(engine: EngineConfig, device_name: str | None) -> tuple[SplitModel, P
     dtype = resolve_dtype(engine.dtype, model_config, device)
     if is_meta:
         model = DecoderForCausalLM(model_config, dtype=dtype, device=device, max_model_len=engine.max_model_len)
+        splitting_ops = TritonPagedAttention.splitting_ops
     else:
         model = load_model(folder, model_config, dtype, device, "dummy", max_model_len=engine.max_model_len)
+        backend = make_backend(engine.attention_backend, model.attention_spec(engine.block_size), device)
+        splitting_ops = backend.splitting_ops
     ids = torch.zeros(2, dtype=torch.int64, device=device)
     cache_dir = engine.compilation_config.compile_cache_dir
     compilation = PieceCompilation(
         model,
         engine.compilation_config,
         {"input_ids_T": ids, "positions_T": ids.clone()},
-        ATTENTION_OPS,
+        splitting_ops,
         LocalPieceStore(Path(cache_dir).expanduser()) if cache_dir else MemoryPieceStore(),
         # As the runner has it, or the stored plan would have another name.
         dataclasses.asdict(model_config) | {"dtype": str(dtype)},

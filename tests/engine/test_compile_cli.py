@@ -40,14 +40,14 @@ def test_pieces_are_printed(config: Path) -> None:
 def test_a_gpus_graph_is_shown_on_any_machine(config: Path, tmp_path: Path) -> None:
     report = json.loads(show(config, "--device", "meta", "--json", "--graph", tmp_path / "graph"))
     assert [piece["num_calls"] for piece in report["pieces"]] == [1, 2, 1]
-    assert report["passes"]["qk_rope"] == 3
+    assert (report["passes"]["rope_kv_write"], report["split_ops"]) == (3, {"warmgraph::rope_attention": 3})
     assert {path.name for path in (tmp_path / "graph").iterdir()} == {
         "graph.txt",
         "stitched.py",
         "split.svg",
         *(f"piece-{piece['key'][:8]}.txt" for piece in report["pieces"]),
     }
-    assert "rotate_qk" in (tmp_path / "graph" / "graph.txt").read_text()
+    assert "rope_attention" in (tmp_path / "graph" / "graph.txt").read_text()
 
 
 def test_builds_are_shown_once_there_are_some(config: Path, tmp_path: Path) -> None:

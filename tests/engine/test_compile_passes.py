@@ -23,10 +23,14 @@ from workers.compile import fused
 from workers.compile.errors import CompileError
 from workers.compile.passes.manager import GraphPass, PassManager
 from workers.compile.passes.noop import NoopElimination, remove_dead
+from workers.compile.passes.rope_kv_write import RopeKvWrite
 from workers.compile.passes.standard import standard_passes
+from workers.compile.plan import OpStep
 from workers.kernels import reference
 
 NUM_LAYERS = 3
+PASS_NAMES = ["noop_elimination", "rope_kv_write", "qk_rope", "residual_norm"]
+ROPE_OPS = ("warmgraph::attention", "warmgraph::rope_attention")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURE_NAMES)
@@ -36,30 +40,56 @@ def test_every_layer_of_every_architecture_matches(name: str, monkeypatch: pytes
     compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="fx")
     passes = dict(compiled.report.passes)
     assert passes.pop("noop_elimination") > 0
-    assert passes == {"qk_rope": NUM_LAYERS, "residual_norm": 2 * NUM_LAYERS}
+    assert passes == {"rope_kv_write": 0, "qk_rope": NUM_LAYERS, "residual_norm": 2 * NUM_LAYERS}
+    assert_equals_eager(model, compiled)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_NAMES)
+def test_attention_rotates_where_its_backend_wants_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_plain_forms(monkeypatch)
+    model = plain_decoder(name)
+    compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="fx", splitting_ops=ROPE_OPS)
+    passes = compiled.report.passes
+    assert (passes["rope_kv_write"], passes["qk_rope"]) == (NUM_LAYERS, 0)
+    assert compiled.plan is not None
+    assert [step.op for step in compiled.plan.steps if isinstance(step, OpStep)] == [ROPE_OPS[1]] * NUM_LAYERS
+    assert not any(
+        "rms_norm" in op for op in compiled.plan.pieces[compiled.plan.piece_calls()[1]].ops if "add" not in op
+    )
+    assert compiled.report.num_unique_pieces == 3
+    assert_equals_eager(model, compiled)
+
+
+def test_what_attention_does_not_rotate_is_rotated_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_plain_forms(monkeypatch)
+    model = plain_decoder("qwen3")
+    config = {"mode": "VLLM_COMPILE", "piece_format": "fx", "pass_config": {"rope_kv_write": False}}
+    compiled = compile_decoder(model, splitting_ops=ROPE_OPS, **config)
+    assert compiled.report.passes["qk_rope"] == NUM_LAYERS
     assert_equals_eager(model, compiled)
 
 
 def test_native_kernels_leave_nothing_to_fuse() -> None:
     compiled = compile_decoder(tiny_decoder("llama"), mode="VLLM_COMPILE", piece_format="fx")
     assert {name: count for name, count in compiled.report.passes.items() if name != "noop_elimination"} == {
+        "rope_kv_write": 0,
         "qk_rope": 0,
         "residual_norm": 0,
     }
 
 
-@pytest.mark.parametrize("name", ["noop_elimination", "qk_rope", "residual_norm"])
+@pytest.mark.parametrize("name", PASS_NAMES)
 def test_each_pass_can_be_switched_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use_plain_forms(monkeypatch)
     model = plain_decoder("qwen3")
     compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="fx", pass_config={name: False})
     assert name not in compiled.report.passes
-    assert len(compiled.report.passes) == 2
+    assert len(compiled.report.passes) == len(PASS_NAMES) - 1
     assert_equals_eager(model, compiled)
 
 
 def test_an_unknown_pass_is_refused() -> None:
-    with pytest.raises(CompileError, match="no pass qk_rop; the passes are noop_elimination, qk_rope, residual_norm"):
+    with pytest.raises(CompileError, match=f"no pass qk_rop; the passes are {', '.join(PASS_NAMES)}"):
         compile_mixing(MixingModel(1), pass_config={"qk_rop": False})
 
 
@@ -117,8 +147,9 @@ class _Scale(GraphPass):
 def test_a_pass_is_known_by_its_source_and_constants() -> None:
     assert _Scale(1.0).uuid() == _Scale(1.0).uuid() != _Scale(2.0).uuid()
     assert len({graph_pass.uuid() for graph_pass in (_Scale(1.0), NoopElimination())}) == 2
-    assert list(standard_passes().uuids()) == ["noop_elimination", "qk_rope", "residual_norm"]
-    assert list(standard_passes({"qk_rope": False}).uuids()) == ["noop_elimination", "residual_norm"]
+    assert list(standard_passes().uuids()) == PASS_NAMES
+    assert list(standard_passes({"qk_rope": False}).uuids()) == [name for name in PASS_NAMES if name != "qk_rope"]
+    assert RopeKvWrite(ROPE_OPS).uuid() != RopeKvWrite(()).uuid()
 
 
 def test_matches_are_reported_in_order(caplog: pytest.LogCaptureFixture) -> None:

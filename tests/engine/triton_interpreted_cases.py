@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.paged_attention_cases import make_case, run_case
+from tests.paged_attention_cases import check_rope, make_case, run_case
 from workers.attention.base import AttentionSpec
 from workers.attention.triton_kernels import kernel_set
 from workers.attention.triton_kernels.chunks import find_overflow, overflow_before, overflow_work
@@ -95,6 +95,14 @@ def test_sliding_window(window: int) -> None:
     backend = make_backend(2, 1, window=window)
     check(backend, [1, 8, 9, 24, 40, 63], [1] * 6)
     check(backend, [40, 1, 30, 24, 17], [40, 1, 1, 7, 2])
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 96)])
+def test_heads_rotated_on_the_way(heads: int, kv_heads: int, head_dim: int, has_norms: bool) -> None:
+    backend = make_backend(heads, kv_heads, head_dim)
+    check_rope(backend, [20, 1, 33, 50], [1] * 4, has_norms=has_norms, padded_reqs=6, padded_tokens=6)
+    check_rope(backend, [50, 1, 20, 33], [1, 1, 20, 5], has_norms=has_norms, padded_reqs=5, padded_tokens=30, seed=1)
 
 
 def test_padding_rows_of_a_decode_are_harmless() -> None:

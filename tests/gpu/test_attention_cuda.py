@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.paged_attention_cases import PagedCase, make_case, make_geometry, run_case, split_heads
+from tests.paged_attention_cases import PagedCase, check_rope, make_case, make_geometry, run_case, split_heads
 from workers.attention.base import AttentionSpec
 from workers.attention.triton_kernels.tuning import DecodeTile, SplitPolicy
 from workers.attention.triton_paged import TritonPagedAttention
@@ -165,6 +165,14 @@ def test_offsets_beyond_31_bits(backends: Backends) -> None:
         metadata = backend.build_metadata(geometry)
         backend.forward(case.q_THD, case.k_TKD, case.v_TKD, huge, metadata, case.out_THD)
         case.check()
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("shape", ["llama-1b", "llama-8b", "phi-like", "qwen-like"])
+def test_heads_rotated_on_the_way(backends: Backends, shape: str, has_norms: bool) -> None:
+    backend = backends[shape]
+    check_rope(backend, [1, 2, 300, 1025, 64], [1] * 5, has_norms=has_norms, padded_reqs=8, padded_tokens=8)
+    check_rope(backend, [700, 1, 300, 33], [300, 1, 1, 33], has_norms=has_norms, padded_reqs=6, padded_tokens=350)
 
 
 def test_nothing_compiles_after_warmup(monkeypatch: pytest.MonkeyPatch) -> None:

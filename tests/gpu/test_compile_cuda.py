@@ -9,13 +9,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.paged import PagedSession
+from workers.attention.selector import make_backend
 from workers.compile import LocalPieceStore, PieceInfo, compile_model
+from workers.compile.model import ATTENTION_OPS
 from workers.config import CompilationConfig
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.config import ModelConfig
@@ -119,12 +123,19 @@ def model(folder: Path) -> DecoderForCausalLM:
         return make_model(folder)
 
 
-def compiled_model(model: DecoderForCausalLM, folder: Path, wrap_piece: Any = None, **config: Any) -> Any:
+def compiled_model(
+    model: DecoderForCausalLM,
+    folder: Path,
+    wrap_piece: Any = None,
+    splitting_ops: Sequence[str] = ATTENTION_OPS,
+    **config: Any,
+) -> Any:
     with torch.inference_mode():
         return compile_model(
             model,
             CompilationConfig(**config),
             batch(8),
+            splitting_ops=splitting_ops,
             store=LocalPieceStore(folder / "store"),
             wrap_piece=wrap_piece,
         )
@@ -151,6 +162,29 @@ def test_every_mode_equals_eager_within_rounding(
 def test_passes_match_every_layer(model: DecoderForCausalLM, folder: Path) -> None:
     passes = compiled_model(model, folder, mode="VLLM_COMPILE", piece_format="fx").report.passes
     assert (passes["qk_rope"], passes["residual_norm"]) == (NUM_LAYERS, 2 * NUM_LAYERS)
+
+
+def test_attention_rotates_by_itself(model: DecoderForCausalLM, folder: Path) -> None:
+    """With the backend of a GPU: the rotation is part of its op, and the logits stay those of eager."""
+    backend = make_backend("triton", model.attention_spec(16), CUDA)
+    compiled = compiled_model(
+        model, folder, None, backend.splitting_ops, mode="VLLM_COMPILE", piece_format="standalone"
+    )
+    passes = compiled.report.passes
+    assert (passes["rope_kv_write"], passes["qk_rope"]) == (NUM_LAYERS, 0)
+    sessions = [PagedSession(model, backend, device=CUDA) for _ in range(2)]
+    for chunks in (
+        {"a": [*range(40)], "b": [9]},
+        {"a": [2], "b": [5]},
+        {"a": [6], "b": [5, 8, 4], "c": [3]},
+        {"c": [1]},
+    ):
+        expected = sessions[0].step(chunks)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(model, "forward", compiled)
+            got = sessions[1].step(chunks)
+        for key in chunks:
+            torch.testing.assert_close(got[key], expected[key], atol=6e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize("piece_format", ["standalone", "aoti"])

@@ -4,7 +4,7 @@ Knows the batch's geometry (query starts, lengths, block tables) and nothing abo
 requests.
 
 Shape suffixes: T = tokens of the batch (padded), R = requests (padded), H = query heads, K = KV heads,
-D = head size, S = block size, B = physical blocks, M = most blocks of one request.
+D = head size, S = block size, B = physical blocks, M = most blocks of one request, P = positions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from workers.kernels import reference
 from workers.modes import AttentionCGSupport
 
 #: ``slot_mapping`` entry of a padding row: writes to no cache slot.
@@ -82,11 +83,36 @@ class BatchGeometry:
         return self.max_query_len == 1
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rope:
+    """What queries and keys still need before they attend: RMS norms over their heads, if any, then rotation.
+
+    Attributes:
+        positions_T: int64 position of each token, padding included: a row of the table.
+        cos_sin_cache_PD: fp32, ``cat(cos, sin)`` of D/2 frequencies each.
+        q_norm_D: Weight of the queries' norm, or None.
+        k_norm_D: Weight of the keys' norm, or None; there are both or neither.
+        eps: Of the norms.
+    """
+
+    positions_T: torch.Tensor
+    cos_sin_cache_PD: torch.Tensor
+    q_norm_D: torch.Tensor | None = None
+    k_norm_D: torch.Tensor | None = None
+    eps: float = 0.0
+
+
 class AttentionBackend(abc.ABC):
-    """Paged attention of one model on one device."""
+    """Paged attention of one model on one device.
+
+    Attributes:
+        splitting_ops: Ops that stay outside of compiled pieces. A backend that also names
+            ``warmgraph::rope_attention`` rotates by itself, at less cost than a kernel before it.
+    """
 
     name: ClassVar[str]
     cudagraph_support: ClassVar[AttentionCGSupport]
+    splitting_ops: ClassVar[tuple[str, ...]] = ("warmgraph::attention",)
 
     def __init__(self, spec: AttentionSpec, device: torch.device) -> None:
         self.spec = spec
@@ -115,3 +141,20 @@ class AttentionBackend(abc.ABC):
 
         Rows of ``out_THD`` that belong to padding are left finite but otherwise undefined.
         """
+
+    def forward_rope(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        out_THD: torch.Tensor,
+        rope: Rope,
+    ) -> None:
+        """:meth:`forward` of queries and keys as the projection left them; here by the reference formulas."""
+        if rope.q_norm_D is not None and rope.k_norm_D is not None:
+            q_THD = reference.rms_norm(q_THD, rope.q_norm_D, rope.eps)
+            k_TKD = reference.rms_norm(k_TKD, rope.k_norm_D, rope.eps)
+        q_THD, k_TKD = reference.apply_rope(q_THD, k_TKD, rope.positions_T, rope.cos_sin_cache_PD)
+        self.forward(q_THD, k_TKD, v_TKD, kv_cache, metadata, out_THD)

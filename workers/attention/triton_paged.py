@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from workers.attention.base import AttentionBackend, AttentionSpec, BatchGeometry
+from workers.attention.base import AttentionBackend, AttentionSpec, BatchGeometry, Rope
 from workers.attention.triton_kernels.tuning import (
     DecodeTile,
     PrefillTile,
@@ -74,6 +74,7 @@ class TritonPagedAttention(AttentionBackend):
 
     name: ClassVar[str] = "triton"
     cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    splitting_ops: ClassVar[tuple[str, ...]] = ("warmgraph::attention", "warmgraph::rope_attention")
 
     def __init__(
         self,
@@ -96,7 +97,8 @@ class TritonPagedAttention(AttentionBackend):
         self.prefill_tile = prefill_tile or default_prefill_tile(spec.head_dim)
         self.kernels = KernelSet(spec, device, self.decode_tile, self.prefill_tile, self.splits)
         self._plans: dict[tuple[int, int], SplitPlan] = {}
-        self._is_warm = False
+        #: Of :meth:`forward`, and of :meth:`forward_rope`.
+        self._is_warm = {False: False, True: False}
 
     def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
         """``[B, 2, K, S, D]``: what one program reads of one block is contiguous, for keys and for values.
@@ -139,36 +141,39 @@ class TritonPagedAttention(AttentionBackend):
         out_THD: torch.Tensor,
     ) -> None:
         """As the interface says. Tokens may be rows of wider tensors; their heads and elements must be dense."""
-        m = metadata
-        if not self._is_warm:
-            self.warmup()
-        if not m.is_checked:
-            for tensor in (q_THD, k_TKD, v_TKD, out_THD):
-                _check_layout(tensor, m.slot_mapping_T.shape[0])
-            m.is_checked = True
-        if m.is_pure_decode:
-            self._decode(q_THD, k_TKD, v_TKD, kv_cache, m, out_THD)
-            return
-        self.kernels.write_cache(k_TKD, v_TKD, kv_cache, m.slot_mapping_T, out_THD)
-        # A capture must hold every launch that any replay needs.
-        if m.has_single_tokens or _is_capturing(self.device):
-            self._decode(q_THD, k_TKD, v_TKD, kv_cache, m, out_THD)
-        self.kernels.prefill(q_THD, kv_cache, m.block_table_RM, m.seq_lens, m.query_start_loc, out_THD)
+        self._attend(q_THD, k_TKD, v_TKD, kv_cache, metadata, out_THD, None)
 
-    def warmup(self) -> dict[str, str]:
+    def forward_rope(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: TritonMetadata,
+        out_THD: torch.Tensor,
+        rope: Rope,
+    ) -> None:
+        """As the interface says: every kernel normalises and rotates what it loads, so none runs before them."""
+        self._attend(q_THD, k_TKD, v_TKD, kv_cache, metadata, out_THD, rope)
+
+    def warmup(self, rope: Rope | None = None) -> dict[str, str]:
         """Compile and load every kernel that :meth:`forward` can launch, for any batch; runs nothing.
 
         The first :meth:`forward` does it where nobody did. It must not happen under capture; an engine's eager warm-up
         run comes first.
 
+        Args:
+            rope: For :meth:`forward_rope` with arguments like these.
+
         Returns:
             Triton's hash of each kernel by name; its folder in the Triton cache is named by the base32 of that.
         """
+        from workers.attention.triton_kernels.kernel_set import RopeKind
         from workers.attention.triton_kernels.launch import compile_all
 
-        launches = self.kernels.launches()
+        launches = self.kernels.launches(RopeKind.of(rope))
         compile_all(list(launches.values()))
-        self._is_warm = True
+        self._is_warm[rope is not None] = True
         return {name: launch.hash for name, launch in launches.items()}
 
     def split_plan(self, num_rows: int, num_table_columns: int) -> SplitPlan:
@@ -181,6 +186,31 @@ class TritonPagedAttention(AttentionBackend):
             self._plans[key] = plan
         return plan
 
+    def _attend(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        kv_cache: torch.Tensor,
+        m: TritonMetadata,
+        out_THD: torch.Tensor,
+        rope: Rope | None,
+    ) -> None:
+        if not self._is_warm[rope is not None]:
+            self.warmup(rope)
+        if not m.is_checked:
+            for tensor in (q_THD, k_TKD, v_TKD, out_THD):
+                _check_layout(tensor, m.slot_mapping_T.shape[0])
+            m.is_checked = True
+        if m.is_pure_decode:
+            self._decode(q_THD, k_TKD, v_TKD, kv_cache, m, out_THD, rope)
+            return
+        self.kernels.write_cache(k_TKD, v_TKD, kv_cache, m.slot_mapping_T, out_THD, rope)
+        # A capture must hold every launch that any replay needs.
+        if m.has_single_tokens or _is_capturing(self.device):
+            self._decode(q_THD, k_TKD, v_TKD, kv_cache, m, out_THD, rope)
+        self.kernels.prefill(q_THD, kv_cache, m.block_table_RM, m.seq_lens, m.query_start_loc, out_THD, rope)
+
     def _decode(
         self,
         q_THD: torch.Tensor,
@@ -189,6 +219,7 @@ class TritonPagedAttention(AttentionBackend):
         kv_cache: torch.Tensor,
         m: TritonMetadata,
         out_THD: torch.Tensor,
+        rope: Rope | None,
     ) -> None:
         self.kernels.decode(
             q_THD,
@@ -202,6 +233,7 @@ class TritonPagedAttention(AttentionBackend):
             out_THD,
             m.plan,
             mixed=not m.is_pure_decode,
+            rope=rope,
         )
 
 

@@ -176,7 +176,7 @@ class PieceCompilation:
         self._example_args = example_args
         self._splitting_ops = splitting_ops
         self._dims = dynamic_arg_dims(model)
-        self._passes: PassManager = standard_passes(config.pass_config)
+        self._passes: PassManager = standard_passes(config.pass_config, splitting_ops)
         self._options = DEFAULT_OPTIONS | config.inductor_compile_config
         self._size_options = config.inductor_compile_config_for_sizes
         self._sizes: list[int | None] = [None, *sorted(set(config.compile_sizes))]

@@ -180,6 +180,7 @@ class GraphedModel:
             compilation,
             {"input_ids_T": example.input_ids_T, "positions_T": example.positions_T},
             enforce_eager=config.enforce_eager,
+            splitting_ops=self._attn_backend.splitting_ops,
             wrap_piece=self._wrap_piece if has_pieces else None,
             store=LocalPieceStore(Path(cache_dir).expanduser()) if cache_dir else None,
             factors=dataclasses.asdict(self._model.config) | {"dtype": str(self._model.dtype)},

@@ -11,10 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workers.attention.triton_kernels.rope import load_heads
+
 
 @triton.jit(
     do_not_specialize=["num_tokens"],
-    do_not_specialize_on_alignment=["slot_mapping_ptr"],
+    do_not_specialize_on_alignment=["slot_mapping_ptr", "positions_ptr"],
 )
 def cache_write_kernel(
     k_ptr,
@@ -26,12 +28,17 @@ def cache_write_kernel(
     v_stride,
     out_stride,
     num_tokens,
+    positions_ptr,
+    cos_sin_ptr,
+    k_norm_ptr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    ROPE: tl.constexpr,
+    NORM_EPS: tl.constexpr,
 ):
     """Program (head, tile) writes ``BLOCK_T`` tokens of one KV head.
 
@@ -46,9 +53,14 @@ def cache_write_kernel(
     slots = tl.load(slot_mapping_ptr + tokens, mask=inside, other=-1)
     live = (slots >= 0)[:, None] & in_head
 
-    source = head * HEAD_DIM + dims
-    k = tl.load(k_ptr + tokens[:, None] * k_stride + source, mask=live, other=0.0)
-    v = tl.load(v_ptr + tokens[:, None] * v_stride + source, mask=live, other=0.0)
+    positions = tokens
+    if ROPE > 0:
+        positions = tl.load(positions_ptr + tokens, mask=inside, other=0)
+    k = load_heads(
+        k_ptr + tokens[:, None] * k_stride + head * HEAD_DIM, dims, live,
+        positions[:, None], cos_sin_ptr, k_norm_ptr, HEAD_DIM, ROPE, NORM_EPS,
+    )  # fmt: skip
+    v = tl.load(v_ptr + tokens[:, None] * v_stride + head * HEAD_DIM + dims, mask=live, other=0.0)
 
     plane = NUM_KV_HEADS * PAGE * HEAD_DIM
     target = (slots // PAGE) * (2 * plane) + head * (PAGE * HEAD_DIM) + (slots % PAGE) * HEAD_DIM

@@ -34,6 +34,7 @@ from workers.attention.triton_kernels.chunks import (
     row_work,
 )
 from workers.attention.triton_kernels.partials import arrive, merge_chunks, store_partial
+from workers.attention.triton_kernels.rope import load_heads
 
 
 @triton.jit
@@ -101,7 +102,13 @@ def attend_chunk(
 
 @triton.jit(
     do_not_specialize=["num_rows", "grid_rows", "num_splits", "min_chunk", "max_chunk", "table_stride"],
-    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr", "slot_mapping_ptr"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "query_start_ptr",
+        "slot_mapping_ptr",
+        "positions_ptr",
+    ],
 )
 def decode_kernel(
     out_ptr,
@@ -127,6 +134,10 @@ def decode_kernel(
     num_splits,
     min_chunk,
     max_chunk,
+    positions_ptr,
+    cos_sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     QK_SCALE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -143,6 +154,8 @@ def decode_kernel(
     OVERFLOW_CHUNKS: tl.constexpr,
     MIXED: tl.constexpr,
     OVERLAP_LAUNCH: tl.constexpr,
+    ROPE: tl.constexpr,
+    NORM_EPS: tl.constexpr,
 ):
     """Program (KV head, row, split); rows at and beyond ``grid_rows`` are overflow programs.
 
@@ -152,6 +165,7 @@ def decode_kernel(
 
     Args:
         num_rows: Rows of ``seq_lens``; a grid row beyond them is padding.
+        positions_ptr: With the three after it, what ``ROPE`` needs (:mod:`workers.attention.triton_kernels.rope`).
     """
     head = tl.program_id(0)
     grid_row = tl.program_id(1)
@@ -162,7 +176,8 @@ def decode_kernel(
     dims = tl.arange(0, HEAD_DIM_PADDED)
     in_head = dims < HEAD_DIM
     in_group = (heads < GROUP)[:, None] & in_head[None, :]
-    within = (head * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
+    head_rows = (head * GROUP + heads)[:, None] * HEAD_DIM
+    within = head_rows + dims[None, :]
     plane: tl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
     cache_head_ptr = cache_ptr + head * (PAGE * HEAD_DIM)
 
@@ -201,7 +216,13 @@ def decode_kernel(
         if MIXED:
             token = tl.load(query_start_ptr + row)
         token = token.to(tl.int64)
-        q = tl.load(q_ptr + token * q_stride + within, mask=in_group, other=0.0)
+        position = 0
+        if ROPE > 0:
+            position = tl.load(positions_ptr + token)
+        q = load_heads(
+            q_ptr + token * q_stride + head_rows, dims[None, :], in_group,
+            position, cos_sin_ptr, q_norm_ptr, HEAD_DIM, ROPE, NORM_EPS,
+        )  # fmt: skip
         last = tl.load(seq_lens_ptr + row) - 1  # position of the new token
         begin = context_begin(last, WINDOW, BLOCK_N)
         low = begin + index * chunk
@@ -212,7 +233,10 @@ def decode_kernel(
         )  # fmt: skip
 
         if index == 0:  # chunk 0 takes the new token too, and puts it in the cache
-            k_new = tl.load(k_ptr + token * k_stride + head * HEAD_DIM + dims, mask=in_head, other=0.0)
+            k_new = load_heads(
+                k_ptr + token * k_stride + head * HEAD_DIM, dims, in_head,
+                position, cos_sin_ptr, k_norm_ptr, HEAD_DIM, ROPE, NORM_EPS,
+            )  # fmt: skip
             v_new = tl.load(v_ptr + token * v_stride + head * HEAD_DIM + dims, mask=in_head, other=0.0)
             slot = tl.load(slot_mapping_ptr + token)
             target = cache_head_ptr + (slot // PAGE) * (2 * plane) + (slot % PAGE) * HEAD_DIM + dims

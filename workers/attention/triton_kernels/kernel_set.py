@@ -7,15 +7,17 @@ Shape suffixes: as in :mod:`workers.attention.base`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 
-from workers.attention.base import AttentionSpec
+from workers.attention.base import AttentionSpec, Rope
 from workers.attention.triton_kernels.cache_write import cache_write_kernel
 from workers.attention.triton_kernels.decode import decode_kernel
 from workers.attention.triton_kernels.launch import KernelLaunch
 from workers.attention.triton_kernels.prefill import prefill_kernel
+from workers.attention.triton_kernels.rope import NO_ROPE, NORM_AND_ROTATE, ROTATE
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPlan, SplitPolicy
 
 #: Tokens of one cache-write program.
@@ -32,8 +34,38 @@ _ANY = 2
 _I32, _I64, _F32 = torch.int32, torch.int64, torch.float32
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RopeKind:
+    """What kernels do to queries and keys as they load them.
+
+    Attributes:
+        code: ``NO_ROPE``, ``ROTATE`` or ``NORM_AND_ROTATE``.
+        eps: Of the norms.
+    """
+
+    code: int = NO_ROPE
+    eps: float = 0.0
+
+    @classmethod
+    def of(cls, rope: Rope | None) -> RopeKind:
+        """The kind that a call with these arguments takes."""
+        if rope is None:
+            return cls()
+        return cls(ROTATE) if rope.q_norm_D is None else cls(NORM_AND_ROTATE, rope.eps)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Launches:
+    """The kernels of one kind; decodes of a mixed batch and of a pure one."""
+
+    write: KernelLaunch
+    decode_uniform: KernelLaunch
+    decode_mixed: KernelLaunch
+    prefill: KernelLaunch
+
+
 class KernelSet:
-    """Cache write, decode and prefill for one spec on one device.
+    """Cache write, decode and prefill for one spec on one device, for each kind of rotation that is asked for.
 
     Owns the workspace for partial results; its size follows from the policy, not from any batch. The first
     ``max_programs`` slots are ``(row * K + head) * num_splits + split``, the others ``overflow_chunks`` per KV head.
@@ -66,18 +98,29 @@ class KernelSet:
         # One per (row, KV head). A launch leaves them at zero, as it found them.
         self._counters = torch.zeros(splits.max_programs, dtype=_I32, device=device)
 
-        self._write = self._specialize_write()
-        self._decode = {mixed: self._specialize_decode(decode_tile, mixed) for mixed in (False, True)}
-        self._prefill = self._specialize_prefill(prefill_tile)
+        self._decode_tile, self._prefill_tile = decode_tile, prefill_tile
+        self._by_kind: dict[RopeKind, _Launches] = {}
 
-    def launches(self) -> dict[str, KernelLaunch]:
-        """Every kernel that this set can launch, by name."""
+    def launches(self, kind: RopeKind) -> dict[str, KernelLaunch]:
+        """Every kernel of this kind, by name."""
+        launches = self._of_kind(kind)
         return {
-            "cache_write": self._write,
-            "decode_uniform": self._decode[False],
-            "decode_mixed": self._decode[True],
-            "prefill": self._prefill,
+            "cache_write": launches.write,
+            "decode_uniform": launches.decode_uniform,
+            "decode_mixed": launches.decode_mixed,
+            "prefill": launches.prefill,
         }
+
+    def _of_kind(self, kind: RopeKind) -> _Launches:
+        launches = self._by_kind.get(kind)
+        if launches is None:
+            launches = self._by_kind[kind] = _Launches(
+                self._specialize_write(kind),
+                self._specialize_decode(kind, mixed=False),
+                self._specialize_decode(kind, mixed=True),
+                self._specialize_prefill(kind),
+            )
+        return launches
 
     def write_cache(
         self,
@@ -86,10 +129,11 @@ class KernelSet:
         kv_cache: torch.Tensor,
         slot_mapping_T: torch.Tensor,
         out_THD: torch.Tensor,
+        rope: Rope | None = None,
     ) -> None:
         """Scatter k and v to their slots; zero the output rows of padding tokens."""
         num_tokens = k_TKD.shape[0]
-        self._write(
+        self._of_kind(RopeKind.of(rope)).write(
             (self.spec.num_kv_heads, -(-num_tokens // WRITE_TOKENS), 1),
             k_TKD,
             v_TKD,
@@ -100,6 +144,8 @@ class KernelSet:
             v_TKD.stride(0),
             out_THD.stride(0),
             num_tokens,
+            *_rope_tensors(rope)[:2],
+            rope.k_norm_D if rope else None,
         )
 
     def decode(
@@ -116,6 +162,7 @@ class KernelSet:
         plan: SplitPlan,
         *,
         mixed: bool,
+        rope: Rope | None = None,
     ) -> None:
         """Write and attend for every request that brings one token.
 
@@ -126,7 +173,8 @@ class KernelSet:
         """
         num_rows = seq_lens.shape[0]
         grid_rows = num_rows if mixed else q_THD.shape[0]
-        self._decode[mixed](
+        launches = self._of_kind(RopeKind.of(rope))
+        (launches.decode_mixed if mixed else launches.decode_uniform)(
             (self.spec.num_kv_heads, grid_rows + plan.overflow_rows, plan.num_splits),
             out_THD,
             q_THD,
@@ -149,6 +197,7 @@ class KernelSet:
             plan.num_splits,
             plan.min_chunk,
             plan.max_chunk,
+            *_rope_tensors(rope),
         )
 
     def prefill(
@@ -159,11 +208,12 @@ class KernelSet:
         seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
         out_THD: torch.Tensor,
+        rope: Rope | None = None,
     ) -> None:
         """Attend for every request that brings more than one token; their keys and values are in the cache."""
         num_reqs = seq_lens.shape[0]
         num_tiles = q_THD.shape[0] // self.block_q + num_reqs
-        self._prefill(
+        self._of_kind(RopeKind.of(rope)).prefill(
             (self.spec.num_kv_heads, num_tiles, 1),
             out_THD,
             q_THD,
@@ -175,18 +225,22 @@ class KernelSet:
             q_THD.stride(0),
             block_table_RM.stride(0),
             num_reqs,
+            *_rope_tensors(rope)[:3],
         )
 
-    def _specialize_write(self) -> KernelLaunch:
+    def _specialize_write(self, kind: RopeKind) -> KernelLaunch:
         s, data = self.spec, self.spec.dtype
         return KernelLaunch(
             cache_write_kernel,
-            (data, data, data, data, _I64, _ALIGNED, _ALIGNED, _ALIGNED, _ANY),
-            (s.num_kv_heads, self.group, s.head_dim, self._head_dim_padded, s.block_size, WRITE_TOKENS),
+            (data, data, data, data, _I64, _ALIGNED, _ALIGNED, _ALIGNED, _ANY, *_rope_examples(kind, data)[:3]),
+            (
+                *(s.num_kv_heads, self.group, s.head_dim, self._head_dim_padded, s.block_size, WRITE_TOKENS),
+                *(kind.code, kind.eps),
+            ),
         )
 
-    def _specialize_decode(self, tile: DecodeTile, mixed: bool) -> KernelLaunch:
-        s, data = self.spec, self.spec.dtype
+    def _specialize_decode(self, kind: RopeKind, *, mixed: bool) -> KernelLaunch:
+        s, data, tile = self.spec, self.spec.dtype, self._decode_tile
         tensors = (data, data, data, data, data, _I32, _I32, _I32, _I64, _F32, _F32, _F32, _I32)
         strides = (_ALIGNED, _ALIGNED, _ALIGNED, _ALIGNED, _ANY)
         # A matrix instruction takes 16 rows, so smaller groups are padded to that.
@@ -196,24 +250,40 @@ class KernelSet:
         slots = (self.splits.max_programs, self.splits.overflow_chunks)
         return KernelLaunch(
             decode_kernel,
-            (*tensors, *strides, _ANY, _ANY, _ANY, _ANY, _ANY),
-            (self._qk_scale, *groups, *cache, *tiles, *slots, mixed, tile.overlap_launch),
+            (*tensors, *strides, _ANY, _ANY, _ANY, _ANY, _ANY, *_rope_examples(kind, data)),
+            (self._qk_scale, *groups, *cache, *tiles, *slots, mixed, tile.overlap_launch, kind.code, kind.eps),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             max_registers=tile.max_registers,
             launch_pdl=tile.overlap_launch,
         )
 
-    def _specialize_prefill(self, tile: PrefillTile) -> KernelLaunch:
-        s, data = self.spec, self.spec.dtype
+    def _specialize_prefill(self, kind: RopeKind) -> KernelLaunch:
+        s, data, tile = self.spec, self.spec.dtype, self._prefill_tile
         heads = (s.num_kv_heads, self.group, s.head_dim, self._head_dim_padded)
         return KernelLaunch(
             prefill_kernel,
-            (data, data, data, _I32, _I32, _I32, _ALIGNED, _ALIGNED, _ANY, _ANY),
-            (self._qk_scale, *heads, s.block_size, self._window, tile.block_m, tile.block_n, ROW_TILE),
+            (data, data, data, _I32, _I32, _I32, _ALIGNED, _ALIGNED, _ANY, _ANY, *_rope_examples(kind, data)[:3]),
+            (
+                *(self._qk_scale, *heads, s.block_size, self._window, tile.block_m, tile.block_n, ROW_TILE),
+                *(kind.code, kind.eps),
+            ),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
+
+
+def _rope_tensors(rope: Rope | None) -> tuple[torch.Tensor | None, ...]:
+    """Positions, table, weights of the queries' and of the keys' norm; kernels that do not use one get None."""
+    if rope is None:
+        return (None, None, None, None)
+    return (rope.positions_T, rope.cos_sin_cache_PD, rope.q_norm_D, rope.k_norm_D)
+
+
+def _rope_examples(kind: RopeKind, data: torch.dtype) -> tuple[torch.dtype | None, ...]:
+    """Types of :func:`_rope_tensors`."""
+    norm = data if kind.code == NORM_AND_ROTATE else None
+    return (None, None, None, None) if kind.code == NO_ROPE else (_I64, _F32, norm, norm)
 
 
 def _next_power_of_2(number: int) -> int:

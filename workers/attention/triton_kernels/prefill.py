@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from workers.attention.triton_kernels.decode import load_blocks
+from workers.attention.triton_kernels.rope import load_heads
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def attend_tiles(
 
 @triton.jit(
     do_not_specialize=["num_reqs", "table_stride"],
-    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr", "positions_ptr"],
 )
 def prefill_kernel(
     out_ptr,
@@ -110,6 +111,9 @@ def prefill_kernel(
     q_stride,
     table_stride,
     num_reqs,
+    positions_ptr,
+    cos_sin_ptr,
+    q_norm_ptr,
     QK_SCALE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -120,6 +124,8 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SEARCH: tl.constexpr,
+    ROPE: tl.constexpr,
+    NORM_EPS: tl.constexpr,
 ):
     """Program (KV head, query tile). Requests with one token are left to the decode kernel."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -138,9 +144,16 @@ def prefill_kernel(
     dims = tl.arange(0, HEAD_DIM_PADDED)
     tokens = first + rows // GROUP
     live = ((rows < BLOCK_Q * GROUP) & (tokens < query_len))[:, None] & (dims < HEAD_DIM)[None, :]
-    within = (head * GROUP + rows % GROUP)[:, None] * HEAD_DIM + dims[None, :]
+    head_rows = (head * GROUP + rows % GROUP)[:, None] * HEAD_DIM
+    within = head_rows + dims[None, :]
     token_rows = (query_start + tokens).to(tl.int64)[:, None]
-    q = tl.load(q_ptr + token_rows * q_stride + within, mask=live, other=0.0)
+    positions = token_rows
+    if ROPE > 0:
+        positions = tl.load(positions_ptr + token_rows, mask=(tokens < query_len)[:, None], other=0)
+    q = load_heads(
+        q_ptr + token_rows * q_stride + head_rows, dims[None, :], live,
+        positions, cos_sin_ptr, q_norm_ptr, HEAD_DIM, ROPE, NORM_EPS,
+    )  # fmt: skip
 
     plane: tl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
     cache_head_ptr = cache_ptr + head * (PAGE * HEAD_DIM)
