@@ -23,6 +23,19 @@ _LLAMA: dict[str, Any] = {
 }
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_LLAMA,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "llama-1b": {
         **_LLAMA,
         "hidden_size": 2048,

@@ -144,6 +144,7 @@ def replica_status() -> ReplicaStatus:
         GraphMemoryBudget(),
         backend_name="host",
         bytes_held=0,
+        sizes_from="the config",
     )
     state = ReplicaState(1, 0, free_blocks=9, total_blocks=10, outstanding_tokens=5, max_num_seqs=2, step=3)
     return ReplicaStatus(state, graphs)

@@ -136,7 +136,7 @@ class ToyRunner:
         self.slot_mapping_T = torch.full((max_num_tokens,), -1, dtype=torch.int64, device=device)
         self.context_TM = torch.full((max_num_tokens, CONTEXT), -1, dtype=torch.int64, device=device)
         self.dispatcher = GraphDispatcher(
-            mode, sizes, max_num_seqs, query_len, counters=self.counters, histogram=self.histogram
+            mode, sizes, max_num_seqs, query_len, counters=self.counters, traffic=self.histogram
         )
         self.budget = budget if budget is not None else GraphMemoryBudget()
         self.plan = CapturePlan(

@@ -34,7 +34,9 @@ class CompilationConfig(pydantic.BaseModel):
         cudagraph_mode: Which batches run as captured graphs; None takes FULL_AND_PIECEWISE on CUDA and NONE on a
             CPU, where padding costs more than launches. What the model and the attention backend cannot do is
             resolved at start, with one warning.
-        cudagraph_capture_sizes: Batch sizes, in tokens, to capture; None takes the default grid.
+        cudagraph_capture_sizes: Batch sizes, in tokens, to capture; None takes the default grid. ``auto`` chooses those
+            that waste the least padding on the batches seen so far, which are kept in ``compile_cache_dir``.
+        cudagraph_num_auto_sizes: Most sizes that ``auto`` chooses.
         max_cudagraph_capture_size: Largest of the default grid.
         cudagraph_first_sizes: Sizes captured before the engine is ready; the rest follows in idle gaps. None takes
             the powers of two up to ``max_num_seqs``.
@@ -52,7 +54,8 @@ class CompilationConfig(pydantic.BaseModel):
     inductor_compile_config_for_sizes: dict[str, bool | int | float | str | None] | None = None
     compile_cache_dir: str | None = None
     cudagraph_mode: CUDAGraphMode | None = None
-    cudagraph_capture_sizes: list[int] | None = None
+    cudagraph_capture_sizes: list[int] | Literal["auto"] | None = None
+    cudagraph_num_auto_sizes: int = pydantic.Field(default=16, ge=2)
     max_cudagraph_capture_size: int | None = pydantic.Field(default=None, ge=1)
     cudagraph_first_sizes: list[int] | Literal["all"] | None = None
     cudagraph_memory_limit_bytes: int | None = pydantic.Field(default=None, gt=0)

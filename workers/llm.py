@@ -167,6 +167,7 @@ class LLM:
                     yield chunk.request_id, chunk
                     if chunk.finish_reason is not None:
                         progress.advance(task)
+        self.engine.save_traffic()
 
     def _outputs(
         self, prompts: Sequence[Prompt], token_ids: list[list[int]], collected: list[_Collected]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.tiny_models import tiny_checkpoint
 from workers import LLM, SamplingParams
+from workers.graphs import pacing
 
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 7, 30, 12, 5)]
 PARAMS = [
@@ -79,7 +81,7 @@ def test_the_engine_serves_before_all_is_captured(eager_tokens: list[list[int]])
     )
     assert [row.num_tokens for row in llm.engine.runner.graph_report().graphs if row.state == "captured"] == [8]
     assert tokens(llm) == eager_tokens
-    while llm.engine.runner.capture_next_graph():
+    while llm.engine.runner.use_gap(idle=True):
         pass
     assert llm.engine.runner.graph_report().pending == 0
     assert tokens(llm) == eager_tokens
@@ -91,14 +93,14 @@ def test_other_sampling_plans_get_graphs_of_their_own_in_idle_moments(eager_toke
     assert tokens(llm) == eager_tokens
     before = {(row.num_tokens, row.num_graphs) for row in runner.graph_report().graphs}
     assert before == {(4, 1), (8, 1)}
-    while runner.capture_next_graph():
+    while runner.use_gap(idle=True):
         pass
     after = {row.num_tokens: row.num_graphs for row in runner.graph_report().graphs}
     assert after[8] > 1
     replays = runner.graph_report().replays["FULL"]
     assert tokens(llm) == eager_tokens
     assert runner.graph_report().replays["FULL"] > replays
-    assert not runner.capture_next_graph()
+    assert not runner.use_gap(idle=True)
 
 
 def test_enforce_eager_wins(eager_tokens: list[list[int]]) -> None:
@@ -116,3 +118,53 @@ def test_enforce_eager_wins(eager_tokens: list[list[int]]) -> None:
     assert tokens(llm) == eager_tokens
     report = llm.engine.runner.graph_report()
     assert (report.mode, report.mode_reason) == ("NONE", "enforce_eager turns graphs off")
+
+
+def test_a_second_start_captures_the_sizes_that_the_first_one_saw(tmp_path: Path) -> None:
+    compilation: dict[str, Any] = {
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": "auto",
+        "cudagraph_num_auto_sizes": 3,
+        "compile_cache_dir": str(tmp_path),
+    }
+    first = make_llm(**compilation)
+    report = first.engine.graph_report()
+    assert report.capture_sizes == [1, 2, 4, 8, 16]
+    assert report.sizes_from == "the default grid, since no batches are known yet"
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS[:3]]
+    params = SamplingParams(temperature=0.0, max_tokens=34, ignore_eos=True)
+    for _ in range(4):
+        expected = first.generate(prompts, params, use_tqdm=False)
+    second = make_llm(**compilation)
+    report = second.engine.graph_report()
+    assert report.capture_sizes == [3, 8, 16]
+    assert report.sizes_from.startswith("learned from 1")
+    again = second.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in again] == [output.outputs[0].token_ids for output in expected]
+    assert next(row.num_replays for row in second.engine.graph_report().graphs if row.num_tokens == 3) >= 33
+
+
+def test_auto_without_a_place_to_remember_warns(caplog: pytest.LogCaptureFixture) -> None:
+    make_llm(cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes="auto")
+    assert "compile_cache_dir is not set" in caplog.text
+
+
+def test_a_busy_engine_gets_the_graphs_that_its_batches_miss(
+    eager_tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps follow each other without an idle moment; captures come between them and change no token."""
+    monkeypatch.setattr(pacing, "MIN_PAUSE_S", 0.0)
+    monkeypatch.setattr(pacing, "BUSY_SHARE", 1.0)
+    llm = make_llm(
+        cudagraph_mode="FULL",
+        cudagraph_capture_sizes=[1, 2, 3, 4, 5, 6, 7, 8, 32],
+        cudagraph_first_sizes=[8],
+        debug_graph_inputs=True,
+    )
+    assert tokens(llm) == eager_tokens
+    report = llm.engine.graph_report()
+    assert report.busy_captures > 0
+    assert 0 < report.longest_busy_capture_s <= report.busy_capture_seconds
+    captured = {row.num_tokens for row in report.graphs if row.state == "captured" and row.uniform}
+    assert captured > {8}
+    assert report.pending > 0  # sizes that no batch had

@@ -11,10 +11,12 @@ import torch
 from workers.errors import ConfigError
 from workers.graphs import (
     BatchDescriptor,
+    BatchHistogram,
     CapturePlan,
     CUDAGraphMode,
     CUDAGraphWrapper,
     ForwardContext,
+    GraphCounters,
     GraphDispatcher,
     GraphMemoryBudget,
     MemoryPolicy,
@@ -29,12 +31,23 @@ M = CUDAGraphMode
 class Setup:
     """A capturer around one PIECEWISE wrapper pair, whose dummy runs are logged and can be made to fail."""
 
-    def __init__(self, first_sizes: Any = None, budget: GraphMemoryBudget | None = None) -> None:
+    def __init__(
+        self, first_sizes: Any = None, budget: GraphMemoryBudget | None = None, mode: CUDAGraphMode = M.PIECEWISE
+    ) -> None:
         self.backend = HostGraphBackend()
-        self.dispatcher = GraphDispatcher(M.PIECEWISE, [1, 2, 4, 8], 4)
-        self.plan = CapturePlan(self.dispatcher.capture_order(), 4, first_sizes=first_sizes)
+        self.dispatcher = GraphDispatcher(mode, [1, 2, 4, 8], 4)
+        self.histogram = BatchHistogram()
+        self.plan = CapturePlan(self.dispatcher.capture_order(), 4, first_sizes=first_sizes, histogram=self.histogram)
         self.budget = budget if budget is not None else GraphMemoryBudget()
-        self.capturer = GraphCapturer(self.backend, self.dispatcher, self.plan, self.budget, self.run)
+        self.counters = GraphCounters()
+        self.capturer = GraphCapturer(
+            self.backend,
+            self.dispatcher,
+            self.plan,
+            self.budget,
+            self.run,
+            counters=self.counters,
+        )
         self.pieces = [
             CUDAGraphWrapper(lambda x: x + 1, M.PIECEWISE, self.backend),
             CUDAGraphWrapper(self._second, M.PIECEWISE, self.backend),
@@ -97,6 +110,39 @@ def test_a_failure_in_an_idle_gap_is_left_out_and_its_pieces_dropped(caplog: pyt
     assert setup.servable() == [4, 2, 1]
     assert list(setup.plan.dropped.values()) == ["the capture failed: kernel not capturable"]
     assert setup.plan.is_done
+
+
+def test_a_busy_engine_gets_what_it_misses_one_capture_at_a_time() -> None:
+    setup = Setup(first_sizes=[8])
+    setup.capturer.capture_first_set()
+    setup.histogram.record(1, 2, is_decode=False)
+    assert setup.capturer.capture_needed()
+    assert setup.servable() == [8, 2]
+    setup.histogram.record(1, 1, is_decode=False)
+    assert setup.capturer.capture_needed()
+    assert not setup.capturer.capture_needed()  # 4 is pending, but no batch would gain from it
+    assert setup.servable() == [8, 2, 1]
+    assert 0 < setup.counters.first_warm_up_seconds <= setup.counters.warm_up_seconds
+
+
+def test_a_failure_under_load_is_left_out() -> None:
+    setup = Setup(first_sizes=[8])
+    setup.capturer.capture_first_set()
+    setup.histogram.record(1, 2, is_decode=False)
+    setup.failures[2] = RuntimeError("kernel not capturable")
+    assert setup.capturer.capture_needed()
+    assert setup.held() == [[8]] * 2
+    assert list(setup.plan.dropped.values()) == ["the capture failed: kernel not capturable"]
+    assert setup.capturer.capture_needed()
+    assert setup.servable() == [8, 4]  # the next best for that batch
+
+
+def test_pieces_that_a_full_graph_of_the_same_size_warmed_up_are_not_run_again() -> None:
+    setup = Setup(mode=M.FULL_AND_PIECEWISE)
+    setup.capturer.capture_first_set()
+    assert setup.runs == [(mode, size) for size in (4, 2, 1) for mode in (M.NONE, M.FULL, M.PIECEWISE)]
+    assert setup.capturer.capture_next(idle=True)
+    assert setup.runs[-2:] == [(M.NONE, 8), (M.PIECEWISE, 8)]
 
 
 def test_other_exceptions_in_an_idle_gap_are_not_hidden() -> None:

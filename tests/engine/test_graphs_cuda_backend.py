@@ -51,8 +51,8 @@ class FakeCuda:
             def __init__(self, name: Any) -> None:
                 self.name = name if isinstance(name, str) else "side"
 
-            def wait_stream(self, other: Stream) -> None:
-                fake.calls.append(f"{self.name} waits for {other.name}")
+            def synchronize(self) -> None:
+                fake.calls.append(f"wait for {self.name}")
 
         @contextlib.contextmanager
         def scope(_: Any) -> Iterator[None]:
@@ -104,15 +104,14 @@ def test_one_clean_up_for_a_series_of_captures(fake: FakeCuda) -> None:
     with backend.capturing():
         graphs = [backend.capture(lambda: torch.ones(2), (), {})[0] for _ in range(3)]
     assert fake.take_calls() == [
-        "synchronize",
+        "wait for main",
         "empty_cache",
-        "side waits for main",
         *["begin pool 1", "end"] * 3,
-        "main waits for side",
+        "wait for side",
     ]
     with backend.capturing(clean_up=False):
         backend.capture(lambda: None, (), {})
-    assert fake.take_calls() == ["side waits for main", "begin pool 1", "end", "main waits for side"]
+    assert fake.take_calls() == ["wait for main", "begin pool 1", "end", "wait for side"]
     graphs[1].replay()
     assert fake.take_calls() == ["replay"]
 
@@ -156,7 +155,7 @@ def test_an_error_of_the_callable_ends_the_capture(fake: FakeCuda, error: BaseEx
 
     with pytest.raises(type(error)), backend.capturing(clean_up=False):
         backend.capture(fail, (), {})
-    assert fake.take_calls() == ["side waits for main", "begin pool 1", "end", "reset", "main waits for side"]
+    assert fake.take_calls() == ["wait for main", "begin pool 1", "end", "reset", "wait for side"]
     with backend.capturing(clean_up=False):
         backend.capture(lambda: None, (), {})
     assert "begin pool 2" in fake.take_calls()  # the reset graph was the only one of pool 1

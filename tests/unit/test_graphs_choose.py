@@ -85,9 +85,10 @@ def test_never_worse_than_the_default_grid_cut_to_k(counts: dict[int, int], num_
 
 def test_auto_serves_everything_up_to_the_default_maximum() -> None:
     histogram = BatchHistogram()
-    for num_reqs in (3, 3, 3, 5, 7, 900):
+    for num_reqs in (3, 3, 3, 5, 7, 900) * 1000:
         histogram.record(num_reqs, num_reqs, is_decode=True)
-    histogram.record(1, 40, is_decode=False)
+    for _ in range(1000):
+        histogram.record(1, 40, is_decode=False)
     sizes = auto_capture_sizes(histogram, 24, 8192, num_sizes=5)
     assert sizes[-1] == 48
     assert 24 in sizes
@@ -99,8 +100,43 @@ def test_auto_serves_everything_up_to_the_default_maximum() -> None:
 
 def test_auto_counts_several_tokens_per_request() -> None:
     histogram = BatchHistogram()
-    histogram.record(3, 6, is_decode=True)
-    assert auto_capture_sizes(histogram, 8, 8192, 2, num_sizes=9) == [6, 16, 32]
+    for _ in range(1000):
+        histogram.record(3, 6, is_decode=True)
+    assert auto_capture_sizes(histogram, 8, 8192, 2, num_sizes=3) == [6, 16, 32]
+
+
+def test_auto_covers_everything_on_little_traffic_and_follows_much_of_it() -> None:
+    histogram = BatchHistogram()
+    histogram.record(5, 5, is_decode=True)
+    grid = default_capture_sizes(256, 8192)
+    sizes = auto_capture_sizes(histogram, 256, 8192)
+    assert len(sizes) == 16
+    assert max(padded / size for size, padded in _served(sizes, grid) if size >= 32) < 2
+    for size in range(30, 40):
+        for _ in range(10_000):
+            histogram.record(size, size, is_decode=True)
+    assert set(range(30, 40)) <= set(auto_capture_sizes(histogram, 256, 8192))
+
+
+def _served(sizes: list[int], batches: list[int]) -> list[tuple[int, int]]:
+    return [(batch, next(size for size in sizes if size >= batch)) for batch in batches]
+
+
+def test_auto_with_thousands_of_different_sizes_is_quick_and_still_serves_them() -> None:
+    histogram = BatchHistogram()
+    for size in range(1, 5001):
+        histogram.record(1, size, is_decode=False)
+    sizes = auto_capture_sizes(histogram, 100, 8192, max_size=5000)
+    assert sizes[-1] == 4992  # the largest default size within max_size
+    assert 100 in sizes
+    assert len(sizes) == 16
+
+
+def test_auto_needs_room_for_the_sizes_that_are_always_captured() -> None:
+    histogram = BatchHistogram()
+    histogram.record(1, 1, is_decode=True)
+    with pytest.raises(ConfigError, match="too few"):
+        auto_capture_sizes(histogram, 24, 8192, num_sizes=1)
 
 
 def test_auto_without_traffic_is_the_default_grid() -> None:

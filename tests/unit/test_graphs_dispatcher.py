@@ -137,7 +137,7 @@ def test_errors_and_invariants() -> None:
 
 def test_dispatch_counts_and_learns() -> None:
     counters, histogram = GraphCounters(), BatchHistogram()
-    dispatcher = GraphDispatcher(M.FULL_DECODE_ONLY, SIZES, 8, counters=counters, histogram=histogram)
+    dispatcher = GraphDispatcher(M.FULL_DECODE_ONLY, SIZES, 8, counters=counters, traffic=histogram)
     for key in dispatcher.capture_order():
         dispatcher.mark_captured(*key)
     for batch in [(3, 3, 1), (5, 5, 1), (2, 40, None), (0, 0, None)]:

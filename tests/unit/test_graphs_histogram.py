@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -24,12 +25,12 @@ def _histogram(batches: list[tuple[int, int]]) -> BatchHistogram:
 @given(BATCHES)
 def test_bytes_round_trip(batches: list[tuple[int, int]]) -> None:
     histogram = _histogram(batches)
-    data = histogram.to_bytes()
-    again = BatchHistogram.from_bytes(data)
+    data = histogram.to_json()
+    again = BatchHistogram.from_json(data)
     assert again == histogram
     assert again.num_batches == histogram.num_batches == len(batches)
-    assert again.to_bytes() == data
-    assert _histogram(batches[::-1]).to_bytes() == data
+    assert again.to_json() == data
+    assert _histogram(batches[::-1]).to_json() == data
 
 
 @given(BATCHES, BATCHES)
@@ -66,9 +67,28 @@ def test_old_traffic_fades(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _document(**changes: object) -> bytes:
-    document = json.loads(_histogram([(1, 0), (2, 4)]).to_bytes())
+    document = json.loads(_histogram([(1, 0), (2, 4)]).to_json())
     document.update(changes)
     return json.dumps(document).encode()
+
+
+@given(BATCHES, BATCHES, st.integers(1, 40))
+def test_merging_either_way_gives_the_same_and_stays_bounded(
+    first: list[tuple[int, int]], second: list[tuple[int, int]], limit: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MAX_BATCHES", limit)
+        one, other = _histogram(first), _histogram(second)
+        one.merge(_histogram(second))
+        other.merge(_histogram(first))
+        assert one == other
+        assert one.num_batches == other.num_batches == one.decode.total() + one.mixed.total() <= limit
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200))
+def test_any_bytes_are_read_or_refused(data: bytes | str) -> None:
+    with contextlib.suppress(HistogramError):
+        BatchHistogram.from_json(data)
 
 
 def _signed(decode: object) -> bytes:
@@ -92,18 +112,26 @@ def _signed(decode: object) -> bytes:
         (_signed({"1": True}), "impossible count"),
         (_signed({"1": 1.5}), "impossible count"),
         (_signed([1]), "no counts"),
+        (_signed({"01": 1}), "impossible count"),
+        (_signed({"\u0663": 1}), "impossible count"),
+        (_signed({"9" * 5000: 1}), "impossible count"),
+        (_signed({str(module.MAX_SIZE + 1): 1}), "impossible count"),
+        (_signed({"1": module.MAX_BATCHES + 1}), "impossible count"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b"1" * 10_000, "not readable as JSON"),
+        (b" " * (module.MAX_JSON_BYTES + 1), "longer than any"),
     ],
 )
 def test_wrong_bytes_are_refused(data: bytes, match: str) -> None:
     with pytest.raises(HistogramError, match=match):
-        BatchHistogram.from_bytes(data)
+        BatchHistogram.from_json(data)
 
 
 def test_every_flipped_digit_is_noticed() -> None:
-    data = _histogram([(3, 0)] * 17).to_bytes()
+    data = _histogram([(3, 0)] * 17).to_json().encode()
     start = data.index(b'"decode"')
     for index in range(start, start + 20):
         if chr(data[index]).isdigit():
             damaged = data[:index] + b"9" + data[index + 1 :]
             with pytest.raises(HistogramError):
-                BatchHistogram.from_bytes(damaged)
+                BatchHistogram.from_json(damaged)

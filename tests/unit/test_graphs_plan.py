@@ -112,6 +112,25 @@ def test_idle_captures_follow_the_traffic() -> None:
     assert plan.is_done
 
 
+def test_a_busy_engine_captures_only_what_its_batches_miss() -> None:
+    histogram = BatchHistogram()
+    dispatcher = GraphDispatcher(M.FULL_DECODE_ONLY, [1, 2, 4, 8], 8)
+    plan = CapturePlan(dispatcher.capture_order(), 8, first_sizes=[8], histogram=histogram)
+    _drain(plan, idle=False)
+    assert plan.next_needed() is None  # no traffic
+    for _ in range(10):
+        histogram.record(8, 8, is_decode=True)
+    assert plan.next_needed() is None  # nothing would save anything
+    histogram.record(2, 2, is_decode=True)
+    key = plan.next_needed()
+    assert key == _uniform(2)
+    with pytest.raises(AssertionError, match="still being captured"):
+        plan.next_needed()
+    plan.mark_captured(key)
+    assert plan.next_needed() is None
+    assert not plan.is_done
+
+
 def test_decode_traffic_asks_for_piecewise_graphs_where_there_are_no_full_ones() -> None:
     histogram = BatchHistogram()
     histogram.record(2, 2, is_decode=True)

@@ -61,7 +61,14 @@ def test_report_is_plain_and_complete() -> None:
     held[M.FULL, BatchDescriptor(2, 2, True)].num_replays += 1
     dispatcher.dispatch(1, 1, 1)
     dispatcher.dispatch(2, 9, None)
-    report = make_report(resolution, dispatcher, counters, plan, budget, backend_name="host", bytes_held=20)
+    counters.record_warm_up(1.0)
+    counters.record_warm_up(0.5)
+    counters.first_set_seconds = 3.0
+    counters.record_busy_capture(0.25)
+    counters.record_busy_capture(0.125)
+    report = make_report(
+        resolution, dispatcher, counters, plan, budget, backend_name="host", bytes_held=20, sizes_from="the config"
+    )
     plain = json.loads(json.dumps(report.to_dict()))
     rows = {(row["mode"], row["num_tokens"]): row for row in plain.pop("graphs")}
     assert list(rows) == [("PIECEWISE", 4), ("FULL", 2), ("PIECEWISE", 2), ("FULL", 1), ("PIECEWISE", 1)]
@@ -93,10 +100,17 @@ def test_report_is_plain_and_complete() -> None:
         "backend": "host",
         "query_len": 1,
         "capture_sizes": [1, 2, 4],
+        "sizes_from": "the config",
         "is_ready": False,
         "captured": {"FULL": 1, "PIECEWISE": 1},
         "pending": 2,
         "capture_seconds": 0.5,
+        "warm_up_seconds": 1.5,
+        "first_warm_up_seconds": 1.0,
+        "first_set_seconds": 3.0,
+        "busy_captures": 2,
+        "busy_capture_seconds": 0.375,
+        "longest_busy_capture_s": 0.25,
         "memory_bytes": 20,
         "memory_limit_bytes": 1000,
         "skipped": [],

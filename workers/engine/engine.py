@@ -16,7 +16,7 @@ from workers.config import EngineConfig
 from workers.engine.output_processor import OutputProcessor
 from workers.engine.stats import EngineStats
 from workers.errors import ConfigError, InvalidRequestError, PromptTooLongError
-from workers.graphs import GraphReport
+from workers.graphs import GraphReport, HistogramStore
 from workers.model.config import ModelConfig
 from workers.outputs import FinishReason, TokenChunk
 from workers.request import Request
@@ -32,13 +32,15 @@ class Engine:
 
     Args:
         config: The engine's configuration.
+        histogram_store: Where the batch sizes seen are kept, for ``cudagraph_capture_sizes: auto``; by default a file
+            in ``compile_cache_dir``.
 
     Raises:
         ModelError: The model cannot be found or is not supported.
         ConfigError: The configuration does not fit the model or the device.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, histogram_store: HistogramStore | None = None) -> None:
         self.config = config
         folder = resolve_model(config.model)
         self.model_config = ModelConfig.from_folder(folder)
@@ -46,7 +48,7 @@ class Engine:
         self.tokenizer = None
         if not config.skip_tokenizer_init:
             self.tokenizer = Tokenizer.from_folder(resolve_model(config.tokenizer) if config.tokenizer else folder)
-        self.runner = ModelRunner(config, self.model_config, folder, self.max_model_len)
+        self.runner = ModelRunner(config, self.model_config, folder, self.max_model_len, histogram_store)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
@@ -131,6 +133,7 @@ class Engine:
             One chunk per request that got tokens; empty if nothing could be collected yet.
         """
         started = time.perf_counter()
+        self.runner.use_gap(idle=False)
         output = self.scheduler.schedule()
         if output is not None:
             self._in_flight.append((output, self.runner.execute(output)))
@@ -145,7 +148,11 @@ class Engine:
 
     def use_idle_time(self) -> bool:
         """Do one short piece of work that can wait (a graph capture); returns whether more may be left."""
-        return self.runner.capture_next_graph()
+        return self.runner.use_gap(idle=True)
+
+    def save_traffic(self) -> None:
+        """Keep the batch sizes seen for the next start; for when no further step may come."""
+        self.runner.save_traffic()
 
     def graph_report(self) -> GraphReport:
         """What the graph layer captured, replayed and padded so far; may be read from any thread."""

@@ -134,6 +134,7 @@ class EngineThread:
         except BaseException as error:
             logger.exception("the engine died")
             self._die(error, engine)
+        engine.save_traffic()
 
     def _loop(self, engine: Engine) -> None:
         has_idle_work = True

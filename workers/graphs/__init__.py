@@ -24,6 +24,7 @@ from workers.graphs.plan import CapturePlan
 from workers.graphs.report import GraphReport, make_report
 from workers.graphs.resolve import ModeResolution, resolve_mode, resolve_mode_with_reason
 from workers.graphs.sizes import default_capture_sizes
+from workers.graphs.traffic import FileHistogramStore, HistogramStore, Traffic
 from workers.modes import AttentionCGSupport, CompilationMode, CUDAGraphMode
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "CompilationMode",
     "DispatchDecision",
     "FallbackReason",
+    "FileHistogramStore",
     "ForwardContext",
     "GraphBackend",
     "GraphCounters",
@@ -49,8 +51,10 @@ __all__ = [
     "GraphMemoryBudget",
     "GraphReport",
     "HistogramError",
+    "HistogramStore",
     "MemoryPolicy",
     "ModeResolution",
+    "Traffic",
     "auto_capture_sizes",
     "choose_capture_sizes",
     "default_capture_sizes",

@@ -7,12 +7,14 @@ for one is the engine loop's.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
 
 from workers.errors import ConfigError
 from workers.graphs.backends.base import GraphBackend
+from workers.graphs.counters import GraphCounters
 from workers.graphs.descriptor import BatchDescriptor, GraphKey, describe_key
 from workers.graphs.dispatcher import GraphDispatcher
 from workers.graphs.memory import GraphMemoryBudget
@@ -29,7 +31,9 @@ class GraphCapturer:
     """Captures what the plan hands out.
 
     Args:
-        run: Called twice per capture: in mode NONE to warm up, then in the graph's mode to capture.
+        run: Called in mode NONE to warm up, unless a warm-up of an earlier capture covers it, and then in the graph's
+            mode to capture.
+        counters: Takes the times of warm-up runs and of the first set.
     """
 
     def __init__(
@@ -39,12 +43,16 @@ class GraphCapturer:
         plan: CapturePlan,
         budget: GraphMemoryBudget,
         run: DummyRun,
+        *,
+        counters: GraphCounters | None = None,
     ) -> None:
         self._backend = backend
         self._dispatcher = dispatcher
         self._plan = plan
         self._budget = budget
         self._run = run
+        self._counters = counters if counters is not None else GraphCounters()
+        self._warm_sizes: set[int] = set()
 
     def capture_first_set(self) -> None:
         """Capture until the plan is ready, after one clean-up of the device's memory.
@@ -55,14 +63,16 @@ class GraphCapturer:
         """
         if self._plan.is_ready:
             return
+        started = time.perf_counter()
         with self._backend.capturing():
             while not self._plan.is_ready:
                 key = self._plan.next_capture(idle=False)
                 assert key is not None
                 self._capture(key)
+        self._counters.first_set_seconds = time.perf_counter() - started
 
     def capture_next(self, idle: bool) -> bool:
-        """Make at most one capture of those left; the engine loop calls this between two steps.
+        """Make at most one capture of those left; the engine loop calls this while there is nothing to run.
 
         A capture that fails here is logged and left out, since the replica can serve without it.
 
@@ -72,12 +82,22 @@ class GraphCapturer:
         key = self._plan.next_capture(idle)
         if key is None:
             return False
-        with self._backend.capturing(clean_up=False):
-            try:
-                self._capture(key)
-            except (RuntimeError, ConfigError) as error:
-                logger.warning("the %s failed and is left out: %s", describe_key(key), error)
-                self._drop(key, f"the capture failed: {error}")
+        self._capture_or_leave_out(key)
+        return True
+
+    def capture_needed(self) -> bool:
+        """Make one capture between two steps of a busy engine, if the batches run so far would have gained from it.
+
+        An engine that is never idle so gets the graphs that its traffic asks for. Failures are handled as in
+        :meth:`capture_next`; how often this may be called is the pacer's part.
+
+        Returns:
+            Whether a capture was made.
+        """
+        key = None if self._plan.is_done else self._plan.next_needed()
+        if key is None:
+            return False
+        self._capture_or_leave_out(key)
         return True
 
     def clear(self) -> None:
@@ -87,6 +107,14 @@ class GraphCapturer:
         self._budget.clear()
         self._plan.reset()
 
+    def _capture_or_leave_out(self, key: GraphKey) -> None:
+        with self._backend.capturing(clean_up=False):
+            try:
+                self._capture(key)
+            except (RuntimeError, ConfigError) as error:
+                logger.warning("the %s failed and is left out: %s", describe_key(key), error)
+                self._drop(key, f"the capture failed: {error}")
+
     def _capture(self, key: GraphKey) -> None:
         mode, descriptor = key
         if not self._budget.admit(mode, descriptor):
@@ -94,7 +122,7 @@ class GraphCapturer:
             return
         held_before = self._backend.bytes_held()
         try:
-            self._run(CUDAGraphMode.NONE, descriptor)
+            self._warm_up(key)
             self._run(mode, descriptor)
         except torch.OutOfMemoryError as error:
             logger.warning("no memory for the %s: %s", describe_key(key), error)
@@ -110,6 +138,17 @@ class GraphCapturer:
         self._budget.note_held(self._backend.bytes_held())
         self._plan.mark_captured(key)
         self._dispatcher.mark_captured(mode, descriptor)
+
+    def _warm_up(self, key: GraphKey) -> None:
+        mode, descriptor = key
+        # Pieces depend on the number of tokens alone: a full graph of that many has run them. Attention, which is
+        # recorded in full graphs only, depends on the kind of batch too.
+        if mode is CUDAGraphMode.PIECEWISE and descriptor.num_tokens in self._warm_sizes:
+            return
+        started = time.perf_counter()
+        self._run(CUDAGraphMode.NONE, descriptor)
+        self._counters.record_warm_up(time.perf_counter() - started)
+        self._warm_sizes.add(descriptor.num_tokens)
 
     def _drop(self, key: GraphKey, reason: str) -> None:
         self._backend.discard(*key)

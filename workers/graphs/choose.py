@@ -7,7 +7,8 @@ graphs or about where the histogram comes from.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import collections
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,18 @@ from workers.graphs.sizes import default_capture_sizes
 #: Sizes chosen by ``auto``; the default grid has 51 up to 512.
 DEFAULT_NUM_SIZES = 16
 
+#: What ``auto`` allows for batches unlike those seen: this share of the traffic, and no fewer than so many batches,
+#: spread evenly over the default sizes. A histogram of a few batches so gives sizes that cover everything.
+UNSEEN_SHARE = 0.01
+MIN_UNSEEN_BATCHES = 100.0
+
+#: More different batch sizes are grouped for ``auto``: the exact programme takes memory with their square.
+MAX_DIFFERENT_SIZES = 1024
+
 Work = Callable[[int], float]
 
 
-def padded_work(sizes: Sequence[int], counts: Mapping[int, int], work: Work = float) -> float:
+def padded_work(sizes: Sequence[int], counts: Mapping[int, float], work: Work = float) -> float:
     """Work spent on padding: ``sum(count * (work(padded) - work(size)))`` over the batches that sizes serve.
 
     Args:
@@ -39,7 +48,7 @@ def padded_work(sizes: Sequence[int], counts: Mapping[int, int], work: Work = fl
 
 
 def choose_capture_sizes(
-    counts: Mapping[int, int], num_sizes: int, required: Iterable[int] = (), work: Work = float
+    counts: Mapping[int, float], num_sizes: int, required: Iterable[int] = (), work: Work = float
 ) -> list[int]:
     """At most ``num_sizes`` sizes that serve every batch in ``counts`` with the least padded work.
 
@@ -93,6 +102,17 @@ def auto_capture_sizes(
     Batches above the largest default size (or ``max_size``) are left to run without a graph. That largest size and
     the one for the fullest decode batch are always chosen, so that sizes not seen yet are served by padding.
     Without any traffic to learn from, the default grid.
+
+    Args:
+        histogram: The batches seen so far.
+        max_num_seqs: Most requests in a step.
+        max_num_batched_tokens: Most tokens in a step.
+        query_len: Tokens that each request brings to a pure decode batch.
+        num_sizes: Most sizes to choose.
+        max_size: A user's largest size.
+
+    Raises:
+        ConfigError: ``num_sizes`` is below the number of sizes that are always chosen, two at most.
     """
     grid = default_capture_sizes(max_num_seqs, max_num_batched_tokens, query_len, max_size=max_size)
     largest = grid[-1]
@@ -102,11 +122,31 @@ def auto_capture_sizes(
         return grid
     fullest = max_num_seqs * query_len
     required = {largest, fullest} if fullest <= largest else {largest}
-    return choose_capture_sizes(counts, num_sizes, required)
+    return choose_capture_sizes(_grouped(_with_unseen(counts, grid), required), num_sizes, required)
+
+
+def _with_unseen(counts: Mapping[int, int], grid: Sequence[int]) -> dict[int, float]:
+    """The batches seen, and some at every default size."""
+    allowance = max(MIN_UNSEEN_BATCHES, UNSEEN_SHARE * sum(counts.values())) / len(grid)
+    return {size: counts.get(size, 0) + (allowance if size in grid else 0.0) for size in {*counts, *grid}}
+
+
+def _grouped(counts: Mapping[int, float], required: Collection[int]) -> dict[int, float]:
+    """The same batches at no more than about ``MAX_DIFFERENT_SIZES`` sizes, rounded up where there are more."""
+    if len(counts) <= MAX_DIFFERENT_SIZES:
+        return dict(counts)
+    largest = max(counts)
+    step = -(-largest // MAX_DIFFERENT_SIZES)
+    grouped: dict[int, float] = collections.defaultdict(float)
+    for size, count in counts.items():
+        # Not over a required size, which serves what rounding would carry past it.
+        ceiling = min((other for other in required if other >= size), default=largest)
+        grouped[min(-(-size // step) * step, ceiling)] += count
+    return grouped
 
 
 def _interval_costs(
-    seen: list[int], counts: Mapping[int, int], forced: set[int], work: Work
+    seen: list[int], counts: Mapping[int, float], forced: set[int], work: Work
 ) -> npt.NDArray[np.float64]:
     """``costs[i, j]``: padded work of serving ``seen[i:j]`` with a graph of ``seen[j - 1]``, or infinity."""
     num = len(seen)

@@ -40,6 +40,12 @@ class GraphCounters:
         num_tokens: Real tokens of those batches.
         num_padded_tokens: Padding added to them.
         fallbacks: Batches that ran without a graph, by reason.
+        first_set_seconds: From the start of the first set of captures to its end, warm-up runs included.
+        warm_up_seconds: Time spent in warm-up runs, on the host.
+        first_warm_up_seconds: The first of them, which compiles kernels and makes library handles.
+        num_busy_captures: Times that a running batch waited for the capture of one key.
+        busy_capture_seconds: How long they waited in all.
+        longest_busy_capture_s: The longest of these waits.
     """
 
     def __init__(self) -> None:
@@ -48,6 +54,9 @@ class GraphCounters:
         self.num_tokens = 0
         self.num_padded_tokens = 0
         self.fallbacks: collections.Counter[str] = collections.Counter()
+        self.first_set_seconds = self.warm_up_seconds = self.first_warm_up_seconds = 0.0
+        self.num_busy_captures = 0
+        self.busy_capture_seconds = self.longest_busy_capture_s = 0.0
 
     def record_capture(
         self, mode: CUDAGraphMode, descriptor: BatchDescriptor, seconds: float, num_bytes: int
@@ -75,6 +84,17 @@ class GraphCounters:
         self.num_padded_tokens += num_tokens_padded - num_tokens
         if fallback_reason is not None:
             self.fallbacks[str(fallback_reason)] += 1
+
+    def record_warm_up(self, seconds: float) -> None:
+        """One run in mode NONE before a capture."""
+        self.first_warm_up_seconds = self.first_warm_up_seconds or seconds
+        self.warm_up_seconds += seconds
+
+    def record_busy_capture(self, seconds: float) -> None:
+        """A running batch waited for a capture."""
+        self.num_busy_captures += 1
+        self.busy_capture_seconds += seconds
+        self.longest_busy_capture_s = max(self.longest_busy_capture_s, seconds)
 
     def by_key(self) -> dict[GraphKey, KeyCounters]:
         """A copy of the counters per key."""

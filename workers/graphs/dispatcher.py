@@ -14,7 +14,7 @@ from typing import NamedTuple
 from workers.errors import ConfigError
 from workers.graphs.counters import GraphCounters
 from workers.graphs.descriptor import BatchDescriptor, GraphKey
-from workers.graphs.histogram import BatchHistogram
+from workers.graphs.histogram import RecordsBatches
 from workers.graphs.sizes import uniform_capture_sizes
 from workers.modes import CUDAGraphMode
 
@@ -56,7 +56,7 @@ class GraphDispatcher:
         max_num_seqs: Most requests in a step.
         query_len: Tokens that each request brings to a pure decode batch.
         counters: Counts what :meth:`dispatch` decides.
-        histogram: Learns the batch sizes that :meth:`dispatch` sees.
+        traffic: Learns the batch sizes that :meth:`dispatch` sees.
 
     Raises:
         ConfigError: Graphs are on and ``sizes`` is empty.
@@ -70,14 +70,14 @@ class GraphDispatcher:
         query_len: int = 1,
         *,
         counters: GraphCounters | None = None,
-        histogram: BatchHistogram | None = None,
+        traffic: RecordsBatches | None = None,
     ) -> None:
         self.mode = mode
         self.sizes = sorted(set(sizes))
         self.max_num_seqs = max_num_seqs
         self.query_len = query_len
         self.counters = counters
-        self.histogram = histogram
+        self.traffic = traffic
         if mode is not CUDAGraphMode.NONE and not self.sizes:
             raise ConfigError(
                 f"cudagraph_mode {mode.name} needs capture sizes; give cudagraph_capture_sizes or set it to NONE.",
@@ -93,7 +93,7 @@ class GraphDispatcher:
     def dispatch(
         self, num_reqs: int, num_tokens: int, uniform_query_len: int | None = None
     ) -> tuple[CUDAGraphMode, BatchDescriptor]:
-        """The runtime mode of a batch and the graph that serves it, counted and added to the histogram.
+        """The runtime mode of a batch and the graph that serves it, counted and added to the traffic.
 
         Args:
             num_reqs: Real requests.
@@ -105,8 +105,8 @@ class GraphDispatcher:
             self.counters.record_batch(
                 decision.mode, num_tokens, decision.descriptor.num_tokens, decision.fallback_reason
             )
-        if self.histogram is not None and num_tokens > 0:
-            self.histogram.record(num_reqs, num_tokens, is_decode=uniform_query_len == self.query_len)
+        if self.traffic is not None and num_tokens > 0:
+            self.traffic.record(num_reqs, num_tokens, is_decode=uniform_query_len == self.query_len)
         return decision.mode, decision.descriptor
 
     def decide(self, num_reqs: int, num_tokens: int, uniform_query_len: int | None = None) -> DispatchDecision:

@@ -1,7 +1,7 @@
 """The histogram of batch sizes that ``cudagraph_capture_sizes: auto`` learns from.
 
-Replicas record into their own and share it as an artifact, so the bytes form carries a version and a checksum
-and is refused if either is wrong. Knows nothing about where it is stored or how sizes are chosen from it.
+Replicas record into their own and share them, so the JSON form carries a version and a checksum and is checked before
+it is believed. Knows nothing about where it is kept (``traffic``) or how sizes are chosen from it (``choose``).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from workers.errors import WarmgraphError
 
@@ -19,9 +19,20 @@ FORMAT_VERSION = 1
 #: Counts are halved when their sum passes this, so that old traffic fades and the numbers stay small.
 MAX_BATCHES = 1 << 24
 
+#: Larger batches, and longer documents, are nothing that an engine records.
+MAX_SIZE = 1 << 20
+MAX_JSON_BYTES = 4 << 20
+
 
 class HistogramError(WarmgraphError):
     """The bytes are not a batch histogram that this version can read."""
+
+
+class RecordsBatches(Protocol):
+    """Whatever wants to know about every batch."""
+
+    def record(self, num_reqs: int, num_tokens: int, *, is_decode: bool) -> None:
+        """One batch of at least one token was run."""
 
 
 class BatchHistogram:
@@ -45,16 +56,14 @@ class BatchHistogram:
         else:
             self.mixed[num_tokens] += 1
         self._num_batches += 1
-        if self._num_batches > MAX_BATCHES:
-            self._halve()
+        self._fade()
 
     def merge(self, other: BatchHistogram) -> None:
-        """Add the counts of another replica's histogram."""
+        """Add the counts of another histogram; which of the two is merged into which makes no difference."""
         self.decode.update(other.decode)
         self.mixed.update(other.mixed)
         self._num_batches += other._num_batches
-        while self._num_batches > MAX_BATCHES:
-            self._halve()
+        self._fade()
 
     @property
     def num_batches(self) -> int:
@@ -68,8 +77,8 @@ class BatchHistogram:
             counts[num_reqs * query_len] += count
         return counts
 
-    def to_bytes(self) -> bytes:
-        """JSON with a version and a checksum; equal histograms give equal bytes."""
+    def to_json(self) -> str:
+        """JSON with a version and a checksum, in ASCII; equal histograms give equal text."""
         counts = {"decode": _to_json(self.decode), "mixed": _to_json(self.mixed)}
         document = {
             "format": FORMAT_NAME,
@@ -80,38 +89,37 @@ class BatchHistogram:
         return _canonical(document)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Read what :meth:`to_bytes` wrote.
+    def from_json(cls, data: str | bytes) -> Self:
+        """Read what :meth:`to_json` wrote; any other bytes are refused.
 
         Raises:
-            HistogramError: Not JSON, another format or version, damaged, or with impossible counts.
+            HistogramError: Too long, not JSON, another format or version, damaged, or with impossible counts.
         """
-        try:
-            document = json.loads(data)
-        except ValueError as error:
-            raise HistogramError(f"a batch histogram is not readable as JSON: {error}") from error
+        document = _parse(data)
         if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
             raise HistogramError(f"the bytes are not a batch histogram: no format {FORMAT_NAME!r}")
         if document.get("version") != FORMAT_VERSION:
             raise HistogramError(
-                f"the batch histogram has version {document.get('version')!r}, this one reads {FORMAT_VERSION}"
+                f"the batch histogram has version {document.get('version')!r:.40}, this one reads {FORMAT_VERSION}"
             )
         counts = {name: document.get(name) for name in ("decode", "mixed")}
-        if document.get("sha256") != _checksum(counts):
-            raise HistogramError("the batch histogram is damaged: its checksum does not match")
         histogram = cls()
         histogram.decode = _from_json(counts["decode"])
         histogram.mixed = _from_json(counts["mixed"])
+        if document.get("sha256") != _checksum(counts):
+            raise HistogramError("the batch histogram is damaged: its checksum does not match")
         histogram._num_batches = histogram.decode.total() + histogram.mixed.total()
+        histogram._fade()
         return histogram
 
-    def _halve(self) -> None:
-        for counts in (self.decode, self.mixed):
-            for size in list(counts):
-                counts[size] //= 2
-                if counts[size] == 0:
-                    del counts[size]
-        self._num_batches = self.decode.total() + self.mixed.total()
+    def _fade(self) -> None:
+        while self._num_batches > MAX_BATCHES:
+            for counts in (self.decode, self.mixed):
+                for size in list(counts):
+                    counts[size] //= 2
+                    if counts[size] == 0:
+                        del counts[size]
+            self._num_batches = self.decode.total() + self.mixed.total()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BatchHistogram):
@@ -124,12 +132,21 @@ class BatchHistogram:
         return f"BatchHistogram({self._num_batches} batches, {len(self.decode)} + {len(self.mixed)} sizes)"
 
 
-def _canonical(document: object) -> bytes:
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+def _parse(data: str | bytes) -> Any:
+    if len(data) > MAX_JSON_BYTES:
+        raise HistogramError(f"a batch histogram of {len(data)} bytes is longer than any that was written")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise HistogramError(f"a batch histogram is not readable as JSON: {error}") from error
+
+
+def _canonical(document: object) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
 
 def _checksum(counts: object) -> str:
-    return hashlib.sha256(_canonical(counts)).hexdigest()
+    return hashlib.sha256(_canonical(counts).encode()).hexdigest()
 
 
 def _to_json(counts: collections.Counter[int]) -> dict[str, int]:
@@ -141,7 +158,13 @@ def _from_json(counts: Any) -> collections.Counter[int]:
         raise HistogramError("the batch histogram has no counts")
     result: collections.Counter[int] = collections.Counter()
     for size, count in counts.items():
-        if not (size.isascii() and size.isdigit()) or int(size) < 1 or type(count) is not int or count < 1:
-            raise HistogramError(f"the batch histogram has an impossible count {count!r} for size {size!r}")
-        result[int(size)] += count
+        if not _is_size(size) or type(count) is not int or not 1 <= count <= MAX_BATCHES:
+            raise HistogramError(f"the batch histogram has an impossible count {count!r:.40} for size {size!r:.40}")
+        result[int(size)] = count
     return result
+
+
+def _is_size(text: str) -> bool:
+    """Whether a key is a size as :func:`_to_json` writes it."""
+    is_number = len(text) <= len(str(MAX_SIZE)) and text.isascii() and text.isdigit() and not text.startswith("0")
+    return is_number and int(text) <= MAX_SIZE

@@ -1,8 +1,8 @@
 """The capture plan: which graph is captured next, and when the replica may report ready.
 
-Pure bookkeeping over the dispatcher's keys. The engine's loop asks :meth:`CapturePlan.next_capture` between two
-steps, captures what it gets and reports back, so a running batch never waits for more than one capture. Knows
-nothing about tensors or about what a capture does.
+Pure bookkeeping over the dispatcher's keys. The engine's loop asks for one graph at a time, when it is idle or between
+two steps, captures it and reports back, so a running batch never waits for more than one capture. Knows nothing about
+tensors or about what a capture does.
 """
 
 from __future__ import annotations
@@ -92,7 +92,15 @@ class CapturePlan:
                 return key
         if not idle or not self._pending:
             return None
-        self._in_flight = self._most_needed()
+        self._in_flight = max(self._pending, key=self._savings_by_key().__getitem__)
+        return self._in_flight
+
+    def next_needed(self) -> GraphKey | None:
+        """For a busy engine: the graph that saves most for the batches run so far; None if none would save anything."""
+        assert self._in_flight is None, f"the {describe_key(self._in_flight)} is still being captured"
+        savings = self._savings_by_key()
+        key = max(self._pending, key=savings.__getitem__, default=None)
+        self._in_flight = key if key is not None and savings[key] > 0 else None
         return self._in_flight
 
     def mark_captured(self, key: GraphKey) -> None:
@@ -111,13 +119,13 @@ class CapturePlan:
         if self._in_flight == key:
             self._in_flight = None
 
-    def _most_needed(self) -> GraphKey:
+    def _savings_by_key(self) -> collections.Counter[GraphKey]:
+        """What each pending graph would save; max() over the pending ones keeps the first of equals, the largest."""
         savings: collections.Counter[GraphKey] = collections.Counter()
         if self._histogram is not None:
             for family, counts in self._traffic(self._histogram):
                 savings.update(self._savings(family, counts))
-        # max() keeps the first of equals, which is the largest graph.
-        return max(self._pending, key=lambda key: savings[key])
+        return savings
 
     def _traffic(self, histogram: BatchHistogram) -> list[tuple[list[GraphKey], Mapping[int, int]]]:
         """The families of graphs with the batches, by tokens, that each would serve."""

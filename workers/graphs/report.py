@@ -56,7 +56,14 @@ class GraphReport:
         graphs: One row per key, largest first.
         captured: Graphs held, by mode.
         pending: Keys still to capture.
+        sizes_from: Where the capture sizes come from, in words.
         capture_seconds: Time spent in captures since the start.
+        warm_up_seconds: Time spent in the runs before captures, on the host.
+        first_warm_up_seconds: The first of them, which compiles kernels and makes library handles.
+        first_set_seconds: What the first set took, until the replica was ready; warm-up included.
+        busy_captures: How many of them running batches waited for.
+        busy_capture_seconds: How long the batches waited in all, warm-up included.
+        longest_busy_capture_s: The longest wait.
         memory_bytes: Bytes that all graphs hold, as the backend measures.
         memory_limit_bytes: The limit, or None.
         skipped: What was left out for lack of memory, and why.
@@ -73,11 +80,18 @@ class GraphReport:
     backend: str
     query_len: int
     capture_sizes: list[int]
+    sizes_from: str
     is_ready: bool
     graphs: list[GraphRow]
     captured: dict[str, int]
     pending: int
     capture_seconds: float
+    warm_up_seconds: float
+    first_warm_up_seconds: float
+    first_set_seconds: float
+    busy_captures: int
+    busy_capture_seconds: float
+    longest_busy_capture_s: float
     memory_bytes: int
     memory_limit_bytes: int | None
     skipped: list[str]
@@ -101,8 +115,9 @@ def make_report(
     *,
     backend_name: str,
     bytes_held: int,
+    sizes_from: str,
 ) -> GraphReport:
-    """Gather a snapshot; ``bytes_held`` is the backend's own measure of all graphs."""
+    """Gather a snapshot; ``bytes_held`` is the backend's own measure of all graphs, ``sizes_from`` is for people."""
     by_key = counters.by_key()
     rows = [_row(key, by_key.get(key, KeyCounters()), dispatcher, plan) for key in dispatcher.capture_order()]
     modes = sorted({row.mode for row in rows})
@@ -113,11 +128,18 @@ def make_report(
         backend=backend_name,
         query_len=dispatcher.query_len,
         capture_sizes=list(dispatcher.sizes),
+        sizes_from=sizes_from,
         is_ready=plan.is_ready,
         graphs=rows,
         captured={mode: sum(row.num_graphs for row in rows if row.mode == mode) for mode in modes},
         pending=len(plan.pending),
         capture_seconds=counters.capture_seconds(),
+        warm_up_seconds=counters.warm_up_seconds,
+        first_warm_up_seconds=counters.first_warm_up_seconds,
+        first_set_seconds=counters.first_set_seconds,
+        busy_captures=counters.num_busy_captures,
+        busy_capture_seconds=counters.busy_capture_seconds,
+        longest_busy_capture_s=counters.longest_busy_capture_s,
         memory_bytes=bytes_held,
         memory_limit_bytes=budget.limit_bytes,
         skipped=[skipped.reason for skipped in list(budget.skipped)],

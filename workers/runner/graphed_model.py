@@ -9,6 +9,8 @@ Shape suffixes: T = tokens of the (padded) batch, E = model width, V = vocabular
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -21,18 +23,21 @@ from workers.attention.base import AttentionBackend, BatchGeometry
 from workers.compile.model import CompiledModel, compile_model
 from workers.compile.stitch import PieceInfo
 from workers.compile.store import LocalPieceStore
-from workers.config import EngineConfig
+from workers.config import CompilationConfig, EngineConfig
 from workers.graphs import (
     AttentionCGSupport,
     BatchDescriptor,
-    BatchHistogram,
     CapturePlan,
     CUDAGraphMode,
+    FileHistogramStore,
     ForwardContext,
     GraphCounters,
     GraphDispatcher,
     GraphMemoryBudget,
     GraphReport,
+    HistogramStore,
+    Traffic,
+    auto_capture_sizes,
     default_capture_sizes,
     make_report,
     resolve_mode_with_reason,
@@ -40,6 +45,7 @@ from workers.graphs import (
 )
 from workers.graphs.backends.factory import make_graph_backend
 from workers.graphs.capturer import GraphCapturer
+from workers.graphs.pacing import CapturePacer
 from workers.graphs.report import summary_line
 from workers.graphs.resolve import ModeResolution
 from workers.graphs.wrapper import CUDAGraphWrapper
@@ -70,6 +76,7 @@ class GraphedModel:
         batch: Owner of the input buffers of any step; dummy batches for captures come from it.
         decode_batch: The same for pure decodes.
         sampler: Part of a decode step.
+        histogram_store: Where the batch sizes seen are kept; by default a file in ``compile_cache_dir``.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class GraphedModel:
         batch: InputBatch,
         decode_batch: DecodeBatch,
         sampler: Sampler,
+        histogram_store: HistogramStore | None = None,
     ) -> None:
         self._model = model
         self._attn_backend = backend
@@ -92,30 +100,34 @@ class GraphedModel:
         self._resolution = _resolve(config, compile_mode, backend, self._graph_backend.freezes_context)
         compilation = config.compilation_config
         self._counters = GraphCounters()
-        self._histogram = BatchHistogram()
         sizes: list[int] = []
+        self._traffic, self._sizes_from = Traffic(), "graphs are off"
         if self._resolution.mode is not _NO_GRAPH:
-            sizes = default_capture_sizes(
-                config.max_num_seqs,
-                config.max_num_batched_tokens,
-                sizes=compilation.cudagraph_capture_sizes,
-                max_size=compilation.max_cudagraph_capture_size,
-            )
+            self._traffic = Traffic(histogram_store or _file_store(compilation, model))
+            sizes, self._sizes_from = _capture_sizes(config, self._traffic)
         self._dispatcher = GraphDispatcher(
             self._resolution.mode,
             sizes,
             config.max_num_seqs,
             counters=self._counters,
-            histogram=self._histogram,
+            traffic=self._traffic,
         )
         self._plan = CapturePlan(
             self._dispatcher.capture_order(),
             config.max_num_seqs,
             first_sizes=compilation.cudagraph_first_sizes,
-            histogram=self._histogram,
+            histogram=self._traffic.histogram,
         )
         self._budget = GraphMemoryBudget(compilation.cudagraph_memory_limit_bytes)
-        self._capturer = GraphCapturer(self._graph_backend, self._dispatcher, self._plan, self._budget, self._run_dummy)
+        self._capturer = GraphCapturer(
+            self._graph_backend,
+            self._dispatcher,
+            self._plan,
+            self._budget,
+            self._run_dummy,
+            counters=self._counters,
+        )
+        self._pacer = CapturePacer(on_wait=self._counters.record_busy_capture)
         self._checks_inputs = compilation.debug_graph_inputs
         self.compiled = self._compile(config)
         is_plain = compile_mode is CompilationMode.NONE and not config.enforce_eager
@@ -154,9 +166,23 @@ class GraphedModel:
         if self._resolution.mode is not _NO_GRAPH:
             logger.info("%s", summary_line(self.report()))
 
-    def capture_next(self, idle: bool) -> bool:
-        """Make one of the remaining captures, if ``idle``; returns whether there was one."""
-        return self._capturer.capture_next(idle) or (idle and self._capture_wanted())
+    def use_gap(self, idle: bool) -> bool:
+        """Between two steps: make at most one of the remaining captures, and keep the batch sizes seen.
+
+        Args:
+            idle: Nothing waits. Otherwise only what running batches miss is captured, for a small share of the time.
+
+        Returns:
+            Whether a capture was made, so that more may be left.
+        """
+        self._traffic.save_if_due()
+        if idle:
+            return self._capturer.capture_next(idle=True) or self._capture_wanted()
+        return self._pacer.run(lambda: self._capturer.capture_needed() or self._capture_wanted())
+
+    def save_traffic(self) -> None:
+        """Keep the batch sizes seen since the last time."""
+        self._traffic.save()
 
     def report(self) -> GraphReport:
         """What was captured, replayed and padded so far."""
@@ -168,6 +194,7 @@ class GraphedModel:
             self._budget,
             backend_name=self._graph_backend.name,
             bytes_held=self._graph_backend.bytes_held(),
+            sizes_from=self._sizes_from,
         )
 
     def _compile(self, config: EngineConfig) -> CompiledModel:
@@ -239,6 +266,31 @@ class GraphedModel:
 
 def _compile_mode(config: EngineConfig, device: torch.device) -> CompilationMode:
     return CompilationMode.NONE if config.enforce_eager else config.compilation_config.resolved_mode(device.type)
+
+
+def _capture_sizes(config: EngineConfig, traffic: Traffic) -> tuple[list[int], str]:
+    """The sizes, and where they come from, in words."""
+    compilation = config.compilation_config
+    limits = (config.max_num_seqs, config.max_num_batched_tokens)
+    max_size = compilation.max_cudagraph_capture_size
+    if compilation.cudagraph_capture_sizes == "auto":
+        num_sizes = compilation.cudagraph_num_auto_sizes
+        sizes = auto_capture_sizes(traffic.histogram, *limits, num_sizes=num_sizes, max_size=max_size)
+        learned = f"learned from {traffic.num_learned} batches"
+        return sizes, learned if traffic.num_learned else "the default grid, since no batches are known yet"
+    sizes = default_capture_sizes(*limits, sizes=compilation.cudagraph_capture_sizes, max_size=max_size)
+    return sizes, "the default grid" if compilation.cudagraph_capture_sizes is None else "the config"
+
+
+def _file_store(compilation: CompilationConfig, model: DecoderForCausalLM) -> HistogramStore | None:
+    """A file per model shape: batch sizes depend on the traffic, and traffic goes to a model."""
+    if compilation.compile_cache_dir is None:
+        if compilation.cudagraph_capture_sizes == "auto":
+            logger.warning("cudagraph_capture_sizes auto forgets what it learns: compile_cache_dir is not set")
+        return None
+    shape = json.dumps(dataclasses.asdict(model.config), sort_keys=True, default=str)
+    name = f"batches-{hashlib.sha256(shape.encode()).hexdigest()[:16]}.json"
+    return FileHistogramStore(Path(compilation.compile_cache_dir).expanduser() / name)
 
 
 def _resolve(

@@ -14,7 +14,7 @@ import torch
 
 from workers.attention.selector import make_backend
 from workers.config import EngineConfig
-from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport
+from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, HistogramStore
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.config import ModelConfig
 from workers.model.loader import load_model
@@ -95,6 +95,7 @@ class ModelRunner:
         model_config: The model's shape.
         folder: Its checkpoint.
         max_model_len: Longest context.
+        histogram_store: Where the batch sizes seen are kept; by default a file in ``compile_cache_dir``.
 
     Attributes:
         device: Where everything runs.
@@ -107,7 +108,14 @@ class ModelRunner:
     """
 
     @torch.inference_mode()
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, folder: Path, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        folder: Path,
+        max_model_len: int,
+        histogram_store: HistogramStore | None = None,
+    ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
@@ -130,7 +138,14 @@ class ModelRunner:
         )
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
         self._graphs = GraphedModel(
-            config, self.model, self.backend, self._kv_caches, self._batch, self._decode_batch, self._sampler
+            config,
+            self.model,
+            self.backend,
+            self._kv_caches,
+            self._batch,
+            self._decode_batch,
+            self._sampler,
+            histogram_store,
         )
         self._graphs.capture_first_set()
 
@@ -172,9 +187,13 @@ class ModelRunner:
         return PendingStep(requests, host_R, done, logprobs, prompt)
 
     @torch.inference_mode()
-    def capture_next_graph(self) -> bool:
-        """Use an idle moment for one more capture; returns whether there was one to make."""
-        return self._graphs.capture_next(idle=True)
+    def use_gap(self, idle: bool) -> bool:
+        """Use the gap between two steps, or an idle moment, for one capture; returns whether one was made."""
+        return self._graphs.use_gap(idle)
+
+    def save_traffic(self) -> None:
+        """Keep the batch sizes seen since the last time."""
+        self._graphs.save_traffic()
 
     def graph_report(self) -> GraphReport:
         """What the graph layer captured, replayed and padded so far."""

@@ -105,16 +105,16 @@ class CudaGraphBackend(GraphBackend):
     @contextlib.contextmanager
     def _capture_scope(self, clean_up: bool) -> Iterator[None]:
         with torch.cuda.device(self._device):
+            # Steps and made-up batches write the same host buffers, which the device reads later: each waits until
+            # the other's are read.
+            torch.cuda.current_stream().synchronize()
             if clean_up:
-                torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-            outer = torch.cuda.current_stream()
-            self._stream.wait_stream(outer)
             try:
                 with torch.cuda.stream(self._stream):
                     yield
             finally:
-                outer.wait_stream(self._stream)
+                self._stream.synchronize()
 
     def _release_pool(self) -> None:
         with torch.cuda.device(self._device):
