@@ -7,11 +7,12 @@ deployment, not how Ray runs it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import pydantic
 import yaml
 
+from cluster.routing.registry import DEFAULT_POLICY, POLICIES
 from workers.config import EngineConfig, describe_validation_error
 from workers.errors import ConfigError
 
@@ -72,11 +73,19 @@ class RoutingConfig(_Section):
     """How the ingress picks a replica.
 
     Attributes:
-        policy: ``least_loaded`` sends a request to the replica with the fewest outstanding tokens;
-            ``round_robin`` takes turns.
+        policy: ``balanced`` weighs cached prefix, padding and load; ``prefix_affinity``, ``capture_aware``,
+            ``least_loaded`` and ``round_robin`` look at one of them or at none. Or the import path of a function of
+            your own, as ``package.module:function``; it must be importable where the ingress runs.
     """
 
-    policy: Literal["least_loaded", "round_robin"] = "least_loaded"
+    policy: str = DEFAULT_POLICY
+
+    @pydantic.field_validator("policy")
+    @classmethod
+    def _policy_has_a_name(cls, value: str) -> str:
+        if value not in POLICIES and ":" not in value:
+            raise ValueError(f"use one of {', '.join(POLICIES)} or an import path like package.module:function")
+        return value
 
 
 class ModelDeployment(_Section):

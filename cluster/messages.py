@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from workers.outputs import TokenChunk
 from workers.sampling_params import SamplingParams
+from workers.scheduler.prefix_journal import PrefixChanges
 
 if TYPE_CHECKING:
     from workers.graphs.report import GraphReport
@@ -48,7 +49,12 @@ class ReplicaState:
         free_blocks: KV blocks that are free or hold only evictable cached prefixes.
         total_blocks: KV blocks in all.
         outstanding_tokens: Prompt tokens still to compute plus one per running request: the work queued.
+        tokens_to_generate: Most tokens that its requests may still produce.
+        token_budget_left: Tokens of a step's budget that the last step left unused.
+        cached_blocks: KV blocks whose content a prompt can share.
         max_num_seqs: Most requests in a batch.
+        decode_sizes: Batch sizes, ascending, that a decode batch is padded to; empty where batches are not padded.
+        artifact_warm: Whether the replica started without compiling.
         step: Number of the engine step that this describes.
     """
 
@@ -57,8 +63,26 @@ class ReplicaState:
     free_blocks: int
     total_blocks: int
     outstanding_tokens: int
+    tokens_to_generate: int
+    token_budget_left: int
+    cached_blocks: int
     max_num_seqs: int
+    decode_sizes: tuple[int, ...]
+    artifact_warm: bool
     step: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefixUpdate:
+    """What a reader must do to know which prefix blocks a replica holds.
+
+    Attributes:
+        changes: Names that came and went; see :mod:`workers.scheduler.prefix_journal`.
+        is_snapshot: ``changes.added`` is all there is: forget what was known before.
+    """
+
+    changes: PrefixChanges
+    is_snapshot: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,10 +92,12 @@ class StepMessage:
     Attributes:
         chunks: In order; a request may appear more than once if the reader fell behind. None in a heartbeat.
         state: The replica's state after the last of them.
+        prefixes: News of its prefix cache, if there are any; a snapshot in the first message.
     """
 
     chunks: list[TokenChunk]
     state: ReplicaState
+    prefixes: PrefixUpdate | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

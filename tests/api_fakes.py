@@ -15,7 +15,8 @@ from prometheus_client import CollectorRegistry
 from cluster.api.app import create_app
 from cluster.api.metrics import HttpMetrics
 from cluster.api.settings import ApiSettings
-from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus
+from cluster.messages import GenerateRequest, ReplicaStatus
+from tests.replica_states import replica_state
 from workers.errors import InvalidRequestError, UnknownModelError
 from workers.graphs import (
     CapturePlan,
@@ -146,7 +147,7 @@ def replica_status() -> ReplicaStatus:
         bytes_held=0,
         sizes_from="the config",
     )
-    state = ReplicaState(1, 0, free_blocks=9, total_blocks=10, outstanding_tokens=5, max_num_seqs=2, step=3)
+    state = replica_state(num_running=1, free_blocks=9, total_blocks=10, outstanding_tokens=5, max_num_seqs=2, step=3)
     return ReplicaStatus(state, graphs)
 
 

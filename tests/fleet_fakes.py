@@ -13,8 +13,10 @@ from ray.exceptions import RayActorError
 
 from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitReply
 from cluster.routing import running_replicas
+from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
 from cluster.serving.fleet import Fleet
 from cluster.serving.outbox import Outbox
+from tests.replica_states import replica_state
 from workers.outputs import FinishReason, TokenChunk
 
 STEP_S = 0.001
@@ -56,7 +58,10 @@ class FakeReplica:
         self._stepping = asyncio.get_running_loop().create_task(self._step_for_ever())
 
     def state(self) -> ReplicaState:
-        return ReplicaState(len(self.running), 0, 100, 100, len(self.running), 100, self.num_steps)
+        num_running = len(self.running)
+        return replica_state(
+            num_running=num_running, outstanding_tokens=num_running, max_num_seqs=100, step=self.num_steps
+        )
 
     def die(self) -> None:
         self.is_dead = True
@@ -82,7 +87,7 @@ class FakeReplica:
 
     async def steps(self, client_id: str) -> AsyncIterator[StepMessage]:
         await self._be_alive()
-        outbox = self._outboxes[client_id] = Outbox(self.state())
+        outbox = self._outboxes[client_id] = Outbox(self.state(), PrefixFeed(PrefixIndex()))
         try:
             while True:
                 message = await outbox.get()

@@ -1,65 +1,22 @@
 """Routing policies: pure functions from what is known of the replicas to a choice.
 
-They see a snapshot and return a replica id, so they are tested without a cluster. Knows nothing about Ray.
+They see snapshots and return a replica id, so they are tested without a cluster (``benchmarks/routing.py`` compares
+them on simulated replicas). Knows nothing about Ray. Where replicas are equal, they take turns.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
-from cluster.messages import ReplicaState
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ReplicaSnapshot:
-    """One replica as the router sees it when a request arrives.
-
-    Attributes:
-        replica_id: Serve's unique id.
-        state: What the replica last reported.
-        unreported_requests: Requests sent since that report: the state does not show them yet.
-        unreported_tokens: Their tokens.
-    """
-
-    replica_id: str
-    state: ReplicaState
-    unreported_requests: int = 0
-    unreported_tokens: int = 0
-
-    @property
-    def outstanding_tokens(self) -> int:
-        """Work queued in the replica, in tokens."""
-        return self.state.outstanding_tokens + self.unreported_tokens
-
-    @property
-    def num_requests(self) -> int:
-        """Requests running or waiting there."""
-        return self.state.num_running + self.state.num_waiting + self.unreported_requests
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RoutingRequest:
-    """What a policy may know of the request.
-
-    Attributes:
-        num_tokens: Prompt tokens.
-        sequence: Counts the requests that this router has routed.
-    """
-
-    num_tokens: int
-    sequence: int
-
+from cluster.routing.snapshot import ReplicaSnapshot, RoutingRequest
 
 #: ``policy(request, replicas) -> replica_id``; ``replicas`` is not empty.
 RoutingPolicy = Callable[[RoutingRequest, Sequence[ReplicaSnapshot]], str]
 
-
-def least_loaded(request: RoutingRequest, replicas: Sequence[ReplicaSnapshot]) -> str:
-    """The replica with the fewest outstanding tokens; ties go to fewer requests, then in turn."""
-    start = request.sequence % len(replicas)
-    in_turn = [*replicas[start:], *replicas[:start]]
-    return min(in_turn, key=lambda r: (r.outstanding_tokens, r.num_requests)).replica_id
+#: ``prefix_affinity`` leaves a replica alone whose queued tokens exceed this many times the average.
+_LOAD_BOUND = 1.5
+#: Decode steps for which ``balanced`` looks ahead: how long a request will run is not known.
+_MAX_STEPS_AHEAD = 64
 
 
 def round_robin(request: RoutingRequest, replicas: Sequence[ReplicaSnapshot]) -> str:
@@ -67,4 +24,64 @@ def round_robin(request: RoutingRequest, replicas: Sequence[ReplicaSnapshot]) ->
     return sorted(r.replica_id for r in replicas)[request.sequence % len(replicas)]
 
 
-POLICIES: dict[str, RoutingPolicy] = {"least_loaded": least_loaded, "round_robin": round_robin}
+def least_loaded(request: RoutingRequest, replicas: Sequence[ReplicaSnapshot]) -> str:
+    """The replica with the fewest outstanding tokens; ties go to fewer requests."""
+    return min(_in_turn(request, replicas), key=lambda r: (r.outstanding_tokens, r.num_requests)).replica_id
+
+
+def prefix_affinity(request: RoutingRequest, replicas: Sequence[ReplicaSnapshot]) -> str:
+    """The replica that holds most of the prompt, among those that are not much busier than the average.
+
+    A full batch counts as busy while another replica has room. Of equal prefixes the least loaded replica wins.
+    """
+    average = sum(r.outstanding_tokens for r in replicas) / len(replicas)
+    bound = _LOAD_BOUND * average + request.num_tokens
+    candidates = _with_room([r for r in replicas if r.outstanding_tokens <= bound])
+    best = max(r.cached_tokens for r in candidates)
+    return least_loaded(request, [r for r in candidates if r.cached_tokens == best])
+
+
+def capture_aware(request: RoutingRequest, replicas: Sequence[ReplicaSnapshot]) -> str:
+    """The replica whose padded decode batch grows least.
+
+    A batch that runs in a graph for 16 computes 16 rows, whether 9 or 16 requests are in it: rows that are computed
+    anyway are filled before another replica opens its next size. Among equals the least loaded replica wins.
+    """
+
+    def growth(replica: ReplicaSnapshot) -> int:
+        num_requests = replica.num_requests
+        return replica.padded(num_requests + 1) - replica.padded(num_requests)
+
+    candidates = _with_room(replicas)
+    least = min(growth(r) for r in candidates)
+    return least_loaded(request, [r for r in candidates if growth(r) == least])
+
+
+def balanced(request: RoutingRequest, replicas: Sequence[ReplicaSnapshot]) -> str:
+    """The replica that computes the fewest tokens until the request is done: prefix, padding and load in one sum.
+
+    Before the first token it computes what is queued there and the part of the prompt that is not cached; then, for
+    every step, the padded batch with the request in it. A request that finds the batch full waits for others to
+    leave.
+    """
+    num_steps = min(request.max_tokens, _MAX_STEPS_AHEAD)
+
+    def cost(replica: ReplicaSnapshot) -> float:
+        max_num_seqs = replica.state.max_num_seqs
+        batch = min(replica.num_requests + 1, max_num_seqs)
+        num_ahead = replica.num_requests + 1 - batch
+        prefill = replica.outstanding_tokens + request.num_tokens - replica.cached_tokens
+        return prefill + replica.padded(batch) * num_steps * (1 + num_ahead / max_num_seqs)
+
+    return min(_in_turn(request, replicas), key=cost).replica_id
+
+
+def _in_turn(request: RoutingRequest, replicas: Sequence[ReplicaSnapshot]) -> list[ReplicaSnapshot]:
+    """The replicas, starting with another one for every request: ``min`` takes the first of equals."""
+    start = request.sequence % len(replicas)
+    return [*replicas[start:], *replicas[:start]]
+
+
+def _with_room(replicas: Sequence[ReplicaSnapshot]) -> Sequence[ReplicaSnapshot]:
+    """Those with a free place in the batch, or all if none has."""
+    return [r for r in replicas if r.has_free_slot] or replicas

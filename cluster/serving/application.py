@@ -14,6 +14,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.config import DeploymentConfig, ModelDeployment
+from cluster.routing.registry import load_policy
 from cluster.serving.ingress import Ingress
 from cluster.serving.link import SILENT_TICKS
 from cluster.serving.replica import EngineReplica
@@ -36,6 +37,8 @@ def build(args: dict[str, Any]) -> Application:
         ConfigError: The config is wrong; says what to change.
     """
     config = DeploymentConfig.from_dict(args)
+    for model in config.models:
+        load_policy(model.routing.policy)  # a wrong import path is told here, not by an ingress that does not start
     engines = {model.name: _engine(model) for model in config.models}
     ingress: Any = serve.deployment(Ingress).options(  # type: ignore[attr-defined]  # Ray's overloads lose the class
         name="ingress",

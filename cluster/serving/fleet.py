@@ -14,13 +14,16 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.messages import GenerateRequest, ReplicaStatus
 from cluster.routing import running_replicas
-from cluster.routing.policies import ReplicaSnapshot, RoutingPolicy, RoutingRequest
+from cluster.routing.policies import RoutingPolicy
+from cluster.routing.snapshot import ReplicaSnapshot, RoutingRequest
 from cluster.serving.failover import ReplicaLostError, ResumableRequest
 from cluster.serving.link import SILENT_TICKS, ReplicaLink
 from cluster.serving.suspects import Suspects
 from cluster.serving.token_stream import TokenStream
 from workers.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from workers.outputs import FinishReason, TokenChunk
+from workers.scheduler.block_hash import hash_blocks
+from workers.scheduler.prefix_journal import names_of
 
 #: Pause before replicas that gave no answer are asked again, in seconds.
 _RETRY_S = 0.1
@@ -34,14 +37,21 @@ class Fleet:
         policy: Picks a replica for each request.
         start_timeout_s: Longest time a request waits while no replica is connected.
         heartbeat_timeout_s: A replica that says nothing for this long is lost.
+        prefix_block_size: Tokens per KV block if the policy is to know cached prefixes, else None.
     """
 
     def __init__(
-        self, handle: DeploymentHandle[Any], policy: RoutingPolicy, start_timeout_s: float, heartbeat_timeout_s: float
+        self,
+        handle: DeploymentHandle[Any],
+        policy: RoutingPolicy,
+        start_timeout_s: float,
+        heartbeat_timeout_s: float,
+        prefix_block_size: int | None = None,
     ) -> None:
         self._handle = handle
         self._policy = policy
         self._start_timeout_s = start_timeout_s
+        self._prefix_block_size = prefix_block_size
         self._tick_s = heartbeat_timeout_s / SILENT_TICKS
         self._links: dict[str, ReplicaLink] = {}
         self._suspects = Suspects()
@@ -130,10 +140,8 @@ class Fleet:
         """Offer the request to one replica after another, in the policy's order; None if none of them answers."""
         retry_after_s = 0.0
         refused: set[str] = set()
-        while candidates := [s for s in self.snapshots if s.replica_id not in refused]:
-            routing = RoutingRequest(len(request.prompt_token_ids), self._sequence)
-            self._sequence += 1
-            link = self._links[self._policy(routing, candidates)]
+        while links := [link for link in self._links.values() if link.is_routable and link.replica_id not in refused]:
+            link = self._choose(request, links)
             stream, reply = await link.offer(request)
             if reply.accepted:
                 return link, stream
@@ -144,6 +152,16 @@ class Fleet:
         if retry_after_s:
             raise QueueFullError("Every replica's queue is full; try again later.", retry_after_s)
         return None
+
+    def _choose(self, request: GenerateRequest, links: list[ReplicaLink]) -> ReplicaLink:
+        """Ask the policy."""
+        tokens = [*request.prompt_token_ids, *request.resume_token_ids]
+        block_size = self._prefix_block_size or 0
+        names = names_of(hash_blocks(tokens, block_size)) if block_size else []
+        snapshots = [link.snapshot(link.prefixes.longest_prefix(names) * block_size) for link in links]
+        routing = RoutingRequest(len(tokens), self._sequence, request.params.max_tokens or 16)
+        self._sequence += 1
+        return self._links[self._policy(routing, snapshots)]
 
     async def _tick(self) -> None:
         while True:

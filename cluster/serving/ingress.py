@@ -17,7 +17,7 @@ from cluster.api.app import create_app
 from cluster.api.metrics import HttpMetrics
 from cluster.api.settings import ApiSettings
 from cluster.config import DeploymentConfig
-from cluster.routing.policies import POLICIES
+from cluster.routing.registry import load_policy
 from cluster.serving.engine_metrics import render_engine_metrics
 from cluster.serving.fleet import Fleet
 from cluster.serving.served_model import Directory, ServedModel
@@ -37,12 +37,14 @@ class Ingress:
         self._metrics = HttpMetrics(CollectorRegistry())
         models = []
         for model in self._config.models:
-            handle = handles[model.name]
+            policy = load_policy(model.routing.policy)
+            reads_prefix = policy.reads_prefix and model.engine.enable_prefix_caching
             fleet = Fleet(
-                handle,
-                POLICIES[model.routing.policy],
+                handles[model.name],
+                policy.choose,
                 model.replicas.start_timeout_s,
                 model.replicas.heartbeat_timeout_s,
+                model.engine.block_size if reads_prefix else None,
             )
             models.append(ServedModel(model, fleet))
         self._directory = Directory(models)

@@ -20,7 +20,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitReply
-from cluster.routing.policies import ReplicaSnapshot
+from cluster.routing.prefix_index import PrefixIndex
+from cluster.routing.snapshot import ReplicaSnapshot
 from cluster.serving.failover import ReplicaLostError
 from cluster.serving.token_stream import TokenStream
 from workers.errors import EngineDeadError
@@ -47,6 +48,7 @@ class ReplicaLink:
 
     Attributes:
         state: The replica's last report; None while not connected.
+        prefixes: Which prefix blocks the replica holds.
         connection_id: Of the current connection, or the last one.
         is_draining: Serve no longer lists the replica: what runs there finishes, nothing new goes there.
     """
@@ -54,12 +56,14 @@ class ReplicaLink:
     def __init__(self, replica_id: str, handle: DeploymentHandle[Any], on_change: Callable[[], None]) -> None:
         self.replica_id = replica_id
         self.state: ReplicaState | None = None
+        self.prefixes = PrefixIndex()
         self.is_draining = False
         self.connection_id = ""
         self._handle = handle
         self._on_change = on_change
         self._streams: dict[str, TokenStream] = {}
         self._unreported: dict[str, int] = {}
+        self._taken: list[str] = []
         self._offers: set[asyncio.Task[Any]] = set()
         self._num_silent_ticks = 0
         self._reader: asyncio.Task[None] | None = None
@@ -70,10 +74,12 @@ class ReplicaLink:
         """Whether new requests may go there."""
         return self.state is not None and not self.is_draining
 
-    def snapshot(self) -> ReplicaSnapshot:
-        """The replica as routing policies see it."""
+    def snapshot(self, cached_tokens: int = 0) -> ReplicaSnapshot:
+        """The replica as routing policies see it, with the part of a prompt that it has cached."""
         assert self.state is not None
-        return ReplicaSnapshot(self.replica_id, self.state, len(self._unreported), sum(self._unreported.values()))
+        return ReplicaSnapshot(
+            self.replica_id, self.state, len(self._unreported), sum(self._unreported.values()), cached_tokens
+        )
 
     # The step stream.
 
@@ -119,12 +125,24 @@ class ReplicaLink:
         was_connected = self.state is not None
         self.state = message.state
         self._num_silent_ticks = 0
+        if message.prefixes is not None:
+            self.prefixes.apply(message.prefixes)
+        if self._unreported:
+            self._forget_reported(message)
         if not was_connected:
             self._on_change()
         for chunk in message.chunks:
             stream = self._streams.get(chunk.request_id)
             if stream is not None:
                 stream.put(chunk)
+
+    def _forget_reported(self, message: StepMessage) -> None:
+        """The state shows a request once it has answered, and what the replica had taken before this message."""
+        for request_id in self._taken:
+            self._unreported.pop(request_id, None)
+        self._taken.clear()
+        for chunk in message.chunks:
+            self._unreported.pop(chunk.request_id, None)
 
     def _lose(self, why: str) -> None:
         """Fail what runs there; the requests go on elsewhere."""
@@ -133,6 +151,7 @@ class ReplicaLink:
         error = ReplicaLostError(f"Replica {self.replica_id} was lost: {why}.", self.connection_id)
         self.state = None
         self._unreported.clear()
+        self._taken.clear()
         for stream in self._streams.values():
             stream.fail(error)
         self._streams.clear()
@@ -166,8 +185,10 @@ class ReplicaLink:
         finally:
             call.cancel()
             self._offers.discard(call)
-            self._unreported.pop(request_id, None)
-            if not reply.accepted:
+            if reply.accepted:
+                self._taken.append(request_id)
+            else:
+                self._unreported.pop(request_id, None)
                 # Cancelled or not answered: it may have been queued.
                 self.release(request_id, abort=reply.error is None and reply.retry_after_s is None)
         return stream, reply

@@ -9,13 +9,20 @@ from __future__ import annotations
 import asyncio
 
 from cluster.messages import ReplicaState, StepMessage
+from cluster.routing.prefix_index import PrefixFeed
 from workers.outputs import TokenChunk
 
 
 class Outbox:
-    """Chunks for one ingress, merged until it asks for them."""
+    """Chunks for one ingress, merged until it asks for them.
 
-    def __init__(self, state: ReplicaState) -> None:
+    Args:
+        state: The replica's state now.
+        prefixes: What the ingress has yet to learn of the prefix cache.
+    """
+
+    def __init__(self, state: ReplicaState, prefixes: PrefixFeed) -> None:
+        self.prefixes = prefixes
         self._chunks: list[TokenChunk] = []
         self._state = state
         self._changed = asyncio.Event()
@@ -36,4 +43,4 @@ class Outbox:
         await self._changed.wait()
         self._changed.clear()
         chunks, self._chunks = self._chunks, []
-        return StepMessage(chunks, self._state)
+        return StepMessage(chunks, self._state, self.prefixes.take())

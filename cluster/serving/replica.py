@@ -12,11 +12,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
+from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
 from cluster.serving.outbox import Outbox
 from workers.config import EngineConfig
 from workers.engine.stats import EngineStats
 from workers.errors import EngineDeadError, UserError
 from workers.outputs import TokenChunk
+from workers.scheduler.prefix_journal import PrefixChanges
 
 logger = logging.getLogger("ray.serve")
 
@@ -47,7 +49,10 @@ class EngineReplica:
         self._loop = asyncio.get_event_loop()
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, str] = {}
-        self._thread = EngineThread(lambda: Engine(self._config), self._on_step, self._on_death)
+        self._prefixes = PrefixIndex()
+        self._thread = EngineThread(
+            lambda: Engine(self._config), self._on_step, self._on_death, self._on_prefix_changes
+        )
         self._engine = self._thread.wait_ready()  # for reading only
         self._max_num_seqs = self._config.max_num_seqs
         self._stats = self._engine.stats()
@@ -86,7 +91,7 @@ class EngineReplica:
 
         Ends with an error if the engine stops or hangs. When the ingress goes away its requests are aborted.
         """
-        outbox = self._outboxes[client_id] = Outbox(self._state)
+        outbox = self._outboxes[client_id] = Outbox(self._state, PrefixFeed(self._prefixes))
         heartbeat = self._loop.create_task(self._beat(outbox))
         try:
             while True:
@@ -127,6 +132,15 @@ class EngineReplica:
         """On the engine thread: hand over to the event loop."""
         self._loop.call_soon_threadsafe(self._publish, chunks, stats)
 
+    def _on_prefix_changes(self, changes: PrefixChanges) -> None:
+        """On the engine thread, before the step's results."""
+        self._loop.call_soon_threadsafe(self._note_prefixes, changes)
+
+    def _note_prefixes(self, changes: PrefixChanges) -> None:
+        self._prefixes.change(changes)
+        for outbox in self._outboxes.values():
+            outbox.prefixes.note(changes)
+
     def _on_death(self, error: BaseException) -> None:
         logger.error("engine died: %r; Serve will replace this replica", error)
 
@@ -152,7 +166,12 @@ class EngineReplica:
             free_blocks=scheduler.num_free_blocks,
             total_blocks=scheduler.num_total_blocks,
             outstanding_tokens=scheduler.num_outstanding_tokens,
+            tokens_to_generate=scheduler.num_tokens_to_generate,
+            token_budget_left=scheduler.token_budget_left,
+            cached_blocks=scheduler.num_cached_blocks,
             max_num_seqs=self._max_num_seqs,
+            decode_sizes=stats.decode_sizes,
+            artifact_warm=stats.artifact_warm,
             step=stats.num_steps,
         )
 

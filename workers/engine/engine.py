@@ -23,6 +23,7 @@ from workers.request import Request
 from workers.runner.model_runner import ModelRunner, PendingStep
 from workers.sampling_params import SamplingParams
 from workers.scheduler.output import SchedulerOutput
+from workers.scheduler.prefix_journal import PrefixChanges, PrefixJournal
 from workers.scheduler.scheduler import Scheduler, SchedulerConfig
 from workers.tokenizer.tokenizer import Tokenizer
 
@@ -63,7 +64,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._in_flight: collections.deque[tuple[SchedulerOutput, PendingStep]] = collections.deque()
         self._seeds = itertools.count(config.seed)
-        self._num_steps = self._num_prompt_tokens = self._num_generated_tokens = 0
+        self._num_steps = self._num_computed_tokens = self._num_prompt_tokens = self._num_generated_tokens = 0
         self._num_finished = self._num_aborted = 0
         self._busy_seconds = 0.0
 
@@ -138,6 +139,7 @@ class Engine:
         if output is not None:
             self._in_flight.append((output, self.runner.execute(output)))
             self._num_steps += 1
+            self._num_computed_tokens += output.num_tokens
         chunks: list[TokenChunk] = []
         if self._in_flight and (output is None or len(self._in_flight) >= self.runner.pipeline_depth):
             chunks = self._collect(*self._in_flight.popleft())
@@ -163,12 +165,24 @@ class Engine:
         return EngineStats(
             scheduler=self.scheduler.stats(),
             num_steps=self._num_steps,
+            num_computed_tokens=self._num_computed_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_finished=self._num_finished,
             num_aborted=self._num_aborted,
             busy_seconds=self._busy_seconds,
+            decode_sizes=self.runner.decode_sizes,
+            artifact_warm=self.runner.artifact_warm,
         )
+
+    def follow_prefixes(self) -> None:
+        """Note from now on what enters and leaves the prefix cache, for :meth:`take_prefix_changes`."""
+        self.scheduler.block_pool.journal = PrefixJournal()
+
+    def take_prefix_changes(self) -> PrefixChanges | None:
+        """What changed in the prefix cache since the last call; None if nothing did, or nobody follows."""
+        journal = self.scheduler.block_pool.journal
+        return None if journal is None else journal.take()
 
     def _collect(self, output: SchedulerOutput, pending: PendingStep) -> list[TokenChunk]:
         result = pending.result()

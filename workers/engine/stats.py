@@ -14,17 +14,24 @@ class EngineStats:
     Attributes:
         scheduler: Queue lengths, blocks and counters of the scheduler.
         num_steps: Steps run.
+        num_computed_tokens: Tokens that went through the model so far, prefix cache hits not among them.
         num_prompt_tokens: Prompt tokens of all requests so far.
         num_generated_tokens: Tokens emitted so far.
         num_finished: Requests that ended by themselves.
         num_aborted: Requests that were aborted.
         busy_seconds: Time spent in steps.
+        decode_sizes: Batch sizes, ascending, for which a captured graph can serve a decode batch now; empty where
+            batches run unpadded.
+        artifact_warm: Whether the model was loaded without compiling anything.
     """
 
     scheduler: SchedulerStats
     num_steps: int
+    num_computed_tokens: int
     num_prompt_tokens: int
     num_generated_tokens: int
     num_finished: int
     num_aborted: int
     busy_seconds: float
+    decode_sizes: tuple[int, ...]
+    artifact_warm: bool

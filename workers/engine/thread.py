@@ -19,6 +19,7 @@ from workers.engine.stats import EngineStats
 from workers.errors import EngineDeadError, UserError
 from workers.outputs import FinishReason, TokenChunk
 from workers.sampling_params import SamplingParams
+from workers.scheduler.prefix_journal import PrefixChanges
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class AbortRequests:
 _Command = AddRequest | AbortRequests | None
 #: Called on the engine thread after every step that produced something, and after commands that changed the load.
 StepListener = Callable[[list[TokenChunk], EngineStats], None]
+#: Called on the engine thread, before the step listener, with what entered and left the prefix cache.
+PrefixListener = Callable[[PrefixChanges], None]
 
 
 class EngineThread:
@@ -57,6 +60,7 @@ class EngineThread:
         make_engine: Builds the engine; runs on the thread, because some of torch's state is per thread.
         on_step: Receives each step's chunks and the engine's state after it.
         on_death: Called once with the error if the engine fails; after that every call raises EngineDeadError.
+        on_prefix_changes: Receives changes of the prefix cache; without it nobody notes them.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class EngineThread:
         make_engine: Callable[[], Engine],
         on_step: StepListener,
         on_death: Callable[[BaseException], None],
+        on_prefix_changes: PrefixListener | None = None,
     ) -> None:
+        self._on_prefix_changes = on_prefix_changes
         self._make_engine = make_engine
         self._on_step = on_step
         self._on_death = on_death
@@ -124,6 +130,8 @@ class EngineThread:
     def _run(self) -> None:
         try:
             engine = self._make_engine()
+            if self._on_prefix_changes is not None:
+                engine.follow_prefixes()
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the engine
             self._death = error
             self._ready.set_exception(error)
@@ -154,6 +162,8 @@ class EngineThread:
             for chunk in chunks:
                 if chunk.finish_reason is not None:
                     self._live.discard(chunk.request_id)
+            if self._on_prefix_changes is not None and (changes := engine.take_prefix_changes()) is not None:
+                self._on_prefix_changes(changes)
             if chunks or commands:
                 self._on_step(chunks, engine.stats())
 

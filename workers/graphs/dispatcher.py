@@ -89,6 +89,7 @@ class GraphDispatcher:
         self._piecewise = _Family(CUDAGraphMode.PIECEWISE, self._piecewise_keys())
         self._for_decode = [f for f in (self._uniform, self._mixed, self._piecewise) if f.keys]
         self._for_mixed = [f for f in (self._mixed, self._piecewise) if f.keys]
+        self._decode_sizes: tuple[int, ...] | None = None
 
     def dispatch(
         self, num_reqs: int, num_tokens: int, uniform_query_len: int | None = None
@@ -133,10 +134,12 @@ class GraphDispatcher:
 
     def mark_captured(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         """From now on batches may take this graph."""
+        self._decode_sizes = None
         self._family_of(mode, descriptor).mark_captured(descriptor)
 
     def mark_dropped(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         """This graph will not be captured (it failed, or does not fit in memory)."""
+        self._decode_sizes = None
         self._family_of(mode, descriptor).mark_dropped(descriptor)
 
     def is_captured(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> bool:
@@ -147,8 +150,17 @@ class GraphDispatcher:
         """The graphs that batches may take, in :meth:`capture_order`."""
         return [key for key in self.capture_order() if self.is_captured(*key)]
 
+    @property
+    def decode_sizes(self) -> tuple[int, ...]:
+        """Sizes, ascending, that a pure decode batch can be padded to now."""
+        if self._decode_sizes is None:
+            tokens = {d.num_tokens for family in self._for_decode for d in family.captured}
+            self._decode_sizes = tuple(sorted(tokens))
+        return self._decode_sizes
+
     def clear(self) -> None:
         """Forget what is captured and what was dropped; the keys stay. For a weight reload."""
+        self._decode_sizes = None
         for family in (self._uniform, self._mixed, self._piecewise):
             family.clear()
 

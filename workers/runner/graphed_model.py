@@ -184,6 +184,11 @@ class GraphedModel:
         """Keep the batch sizes seen since the last time."""
         self._traffic.save()
 
+    @property
+    def decode_sizes(self) -> tuple[int, ...]:
+        """Sizes that a decode batch can be padded to now, ascending."""
+        return self._dispatcher.decode_sizes
+
     def report(self) -> GraphReport:
         """What was captured, replayed and padded so far."""
         return make_report(

@@ -18,6 +18,7 @@ from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, Histogra
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.config import ModelConfig
 from workers.model.loader import load_model
+from workers.modes import CompilationMode
 from workers.outputs import PositionLogprobs
 from workers.request import Request
 from workers.runner import kv_cache
@@ -194,6 +195,16 @@ class ModelRunner:
     def save_traffic(self) -> None:
         """Keep the batch sizes seen since the last time."""
         self._graphs.save_traffic()
+
+    @property
+    def decode_sizes(self) -> tuple[int, ...]:
+        """Batch sizes, ascending, for which a captured graph can serve a decode batch now."""
+        return self._graphs.decode_sizes
+
+    @property
+    def artifact_warm(self) -> bool:
+        """Whether the model was loaded without compiling anything."""
+        return self._graphs.compiled.report.is_warm or self._graphs.compiled.mode is CompilationMode.NONE
 
     def graph_report(self) -> GraphReport:
         """What the graph layer captured, replayed and padded so far."""

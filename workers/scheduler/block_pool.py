@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 
 from workers.request import Request
 from workers.scheduler.block_hash import extend_block_hashes
+from workers.scheduler.prefix_journal import PrefixJournal
 
 #: Where padding of a block table points.
 NULL_BLOCK = 0
@@ -31,6 +32,9 @@ class BlockPool:
         num_blocks: Physical blocks, the null block included.
         block_size: Tokens per block.
         enable_prefix_caching: Keep the content of full blocks and find it again by hash.
+
+    Attributes:
+        journal: Notes which content comes and goes; None while nobody follows.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -39,6 +43,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.journal: PrefixJournal | None = None
         #: Tokens looked up in, and found in, the prefix cache. Recomputation after preemption does not count.
         self.num_query_tokens = 0
         self.num_hit_tokens = 0
@@ -67,7 +72,7 @@ class BlockPool:
         return len(self._block_of)
 
     def held_hashes(self) -> frozenset[bytes]:
-        """Hashes of every block whose content is here: a snapshot for a router that follows prefixes."""
+        """Hashes of every block whose content is here."""
         return frozenset(self._block_of)
 
     def num_blocks_for(self, num_tokens: int) -> int:
@@ -135,6 +140,8 @@ class BlockPool:
             assert self._hash_of[block_id] is None, f"block {block_id} was written while it was cached"
             if self._block_of.setdefault(block_hash, block_id) == block_id:
                 self._hash_of[block_id] = block_hash
+                if self.journal is not None:
+                    self.journal.add(block_hash)
 
     def check_integrity(self, live_requests: Iterable[Request]) -> None:
         """Account for every block: held as often as counted, or free once.
@@ -183,6 +190,8 @@ class BlockPool:
             assert block_hash is not None
             del self._block_of[block_hash]
             self._hash_of[block_id] = None
+            if self.journal is not None:
+                self.journal.remove(block_hash)
         self._ref_counts[block_id] = 1
         return block_id
 

@@ -85,6 +85,9 @@ class SchedulerStats:
         num_total_blocks: KV blocks that requests can hold.
         num_outstanding_tokens: Known tokens of live requests whose KV is still to be computed: the prefill
             work that is already owed.
+        num_tokens_to_generate: Most tokens that live requests may still sample, by their ``max_tokens``.
+        token_budget_left: Tokens of ``max_num_batched_tokens`` that the last step left unused.
+        num_cached_blocks: KV blocks, held or free, whose content can be found by hash.
         num_prefix_query_tokens: Tokens looked up in the prefix cache since the start.
         num_prefix_hit_tokens: Tokens found there.
         num_preemptions: Times that a running request lost its blocks, since the start.
@@ -95,6 +98,9 @@ class SchedulerStats:
     num_free_blocks: int
     num_total_blocks: int
     num_outstanding_tokens: int
+    num_tokens_to_generate: int
+    token_budget_left: int
+    num_cached_blocks: int
     num_prefix_query_tokens: int
     num_prefix_hit_tokens: int
     num_preemptions: int

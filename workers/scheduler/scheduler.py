@@ -86,6 +86,7 @@ class Scheduler:
         self._dropped: list[str] = []
         self._next_step = 0
         self._num_preemptions = 0
+        self._budget_left = config.max_num_batched_tokens
 
     # Requests come and go.
 
@@ -156,6 +157,7 @@ class Scheduler:
             dropped_request_ids=self._dropped,
         )
         self._dropped = []
+        self._budget_left = budget
         self._next_step += 1
         self._in_flight.append(output)
         return output
@@ -224,6 +226,9 @@ class Scheduler:
             num_free_blocks=pool.num_free_blocks,
             num_total_blocks=pool.num_usable_blocks,
             num_outstanding_tokens=sum(r.num_tokens_in_flight - r.num_computed_tokens for r in live),
+            num_tokens_to_generate=sum(r.max_num_tokens - len(r.token_ids) for r in live),
+            token_budget_left=self._budget_left if live else self.config.max_num_batched_tokens,
+            num_cached_blocks=pool.num_cached_blocks,
             num_prefix_query_tokens=pool.num_query_tokens,
             num_prefix_hit_tokens=pool.num_hit_tokens,
             num_preemptions=self._num_preemptions,
