@@ -16,6 +16,7 @@ from workers.scheduler.prefix_journal import PrefixChanges
 
 if TYPE_CHECKING:
     from workers.graphs.report import GraphReport
+    from workers.startup.report import StartupReport
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,14 +108,16 @@ class ReplicaStatus:
     Attributes:
         state: Its load after the last step.
         graphs: What its graph layer captured, replayed and padded.
+        startup: How it started.
     """
 
     state: ReplicaState
     graphs: GraphReport
+    startup: StartupReport
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "startup": self.startup.to_dict()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from workers.graphs import (
     make_report,
 )
 from workers.outputs import FinishReason, Logprob, TokenChunk
+from workers.startup.account import StartupAccount
 
 BOS = 256
 
@@ -148,7 +149,7 @@ def replica_status() -> ReplicaStatus:
         sizes_from="the config",
     )
     state = replica_state(num_running=1, free_blocks=9, total_blocks=10, outstanding_tokens=5, max_num_seqs=2, step=3)
-    return ReplicaStatus(state, graphs)
+    return ReplicaStatus(state, graphs, StartupAccount("fake").report())
 
 
 @dataclasses.dataclass

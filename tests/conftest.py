@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before anything imports torch, tokenizers or a hub client.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "WARMGRAPH_ARTIFACTS" not in os.environ:
+    os.environ["WARMGRAPH_ARTIFACTS"] = tempfile.mkdtemp(prefix="warmgraph-artifacts-")
+    atexit.register(shutil.rmtree, os.environ["WARMGRAPH_ARTIFACTS"], ignore_errors=True)
 
 import pytest
 

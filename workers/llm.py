@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import Progress
 
 from workers.config import EngineConfig
-from workers.engine.engine import Engine
+from workers.engine.start import start_engine
 from workers.errors import InvalidRequestError
 from workers.outputs import CompletionOutput, PositionLogprobs, RequestOutput, TokenChunk
 from workers.sampling_params import SamplingParams
@@ -63,7 +63,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.engine = Engine(EngineConfig.create(model=model, **options))
+        self.engine = start_engine(EngineConfig.create(model=model, **options))
         self._ids = itertools.count()
 
     def get_tokenizer(self) -> Tokenizer:

@@ -197,7 +197,8 @@ class ModelStatus(_Response):
 
     is_ready: bool
     replicas: dict[str, dict[str, Any]] = Field(
-        description="By replica id: 'state' is the load after the last step, 'graphs' the account of captured graphs."
+        description="By replica id: 'state' is the load after the last step, 'graphs' the account of captured graphs, "
+        "'startup' that of the start."
     )
 
 

@@ -6,8 +6,6 @@ Asks a running server, or captures every graph of a config here, with made-up we
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,18 +15,15 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from cluster.cli.options import Overrides
+from cluster.cli.server import replica_reports
 from cluster.config import DeploymentConfig
 from workers.config import EngineConfig
 from workers.errors import UserError
 
 app = typer.Typer(name="graphs", help="Look at captured graphs.", no_args_is_help=True)
 
-#: Reports by model and replica, as ``GraphReport.to_dict`` makes them.
-Reports = dict[str, dict[str, dict[str, Any]]]
-
 #: Name of the one replica that is captured here, without a server.
 _HERE = "captured here"
-_TIMEOUT_S = 60.0
 
 
 @app.callback()
@@ -49,7 +44,7 @@ def show(
     """Print graphs by mode and size, with capture seconds, memory, replays, padding and eager fallbacks."""
     if (config is None) == (url is None):
         raise UserError("Give a config, whose graphs are captured here, or --url to ask a running server.")
-    reports = _ask(url) if url is not None else {}
+    reports = replica_reports(url, "graphs") if url is not None else {}
     if config is not None:
         deployment = DeploymentConfig.from_file(config, overrides).model_named(model)
         reports = {deployment.name: {_HERE: _capture(deployment.engine)}}
@@ -73,25 +68,7 @@ def _capture(engine_config: EngineConfig) -> dict[str, Any]:
     return engine.graph_report().to_dict()
 
 
-def _ask(url: str) -> Reports:
-    """GET /status of a running server."""
-    address = f"{url.rstrip('/')}/status"
-    if not address.startswith(("http://", "https://")):
-        raise UserError(f"--url must begin with http:// or https:// (got {url!r}).", param="url")
-    try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as response:
-            document = json.load(response)
-        return {
-            model: {name: replica["graphs"] for name, replica in status["replicas"].items()}
-            for model, status in document["models"].items()
-        }
-    except (OSError, urllib.error.URLError) as error:
-        raise UserError(f"{address} does not answer: {error}; is the server running there?", param="url") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{address} did not answer as warmgraph does; give the API's base URL.", param="url") from None
-
-
-def _print(reports: Reports) -> None:
+def _print(reports: dict[str, dict[str, dict[str, Any]]]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for model, replicas in reports.items():
         if not replicas:

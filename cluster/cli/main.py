@@ -17,6 +17,7 @@ from cluster.cli import graphs as graphs_command
 from cluster.cli import k8s as k8s_command
 from cluster.cli import model as model_command
 from cluster.cli import serve as serve_command
+from cluster.cli import startup as startup_command
 from workers.errors import UserError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.add_typer(config_command.app)
 app.add_typer(graphs_command.app)
 app.add_typer(k8s_command.app)
 app.add_typer(model_command.app)
+app.add_typer(startup_command.app)
 
 
 def main() -> None:

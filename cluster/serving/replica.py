@@ -15,10 +15,13 @@ from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus, StepM
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
 from cluster.serving.outbox import Outbox
 from workers.config import EngineConfig
+from workers.engine.start import start_engine
 from workers.engine.stats import EngineStats
+from workers.engine.thread import EngineThread
 from workers.errors import EngineDeadError, UserError
 from workers.outputs import TokenChunk
 from workers.scheduler.prefix_journal import PrefixChanges
+from workers.startup.account import StartupAccount
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,10 +41,7 @@ class EngineReplica:
     def __init__(
         self, engine: dict[str, Any], max_queued_requests: int, step_timeout_s: float, heartbeat_s: float
     ) -> None:
-        # Imported here because the class is also imported where the application is built, which needs no torch.
-        from workers.engine.engine import Engine
-        from workers.engine.thread import EngineThread
-
+        account = StartupAccount()
         self._config = EngineConfig.create(**engine)
         self._max_queued_requests = max_queued_requests
         self._step_timeout_s = step_timeout_s
@@ -51,7 +51,7 @@ class EngineReplica:
         self._owners: dict[str, str] = {}
         self._prefixes = PrefixIndex()
         self._thread = EngineThread(
-            lambda: Engine(self._config), self._on_step, self._on_death, self._on_prefix_changes
+            lambda: start_engine(self._config, account), self._on_step, self._on_death, self._on_prefix_changes
         )
         self._engine = self._thread.wait_ready()  # for reading only
         self._max_num_seqs = self._config.max_num_seqs
@@ -110,8 +110,8 @@ class EngineReplica:
         return self._stats
 
     async def status(self, replica_id: str | None = None) -> ReplicaStatus:
-        """The load after the last step, and the graph layer's account."""
-        return ReplicaStatus(self._state, self._engine.graph_report())
+        """The load after the last step, the graph layer's account, and that of the start."""
+        return ReplicaStatus(self._state, self._engine.graph_report(), self._engine.startup_report())
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli.graphs import app as graphs_command
+from cluster.cli.startup import app as startup_command
 from tests.cluster.conftest import MODEL, Deployment
 from workers import LLM, SamplingParams
 
@@ -104,6 +105,8 @@ def test_status_and_its_command_show_every_replica(deployment: Deployment) -> No
     replicas = httpx.get(f"{deployment.url}/status", timeout=60).json()["models"][MODEL]["replicas"]
     assert len(replicas) == 2
     assert sum(replica["graphs"]["batches"].get("NONE", 0) for replica in replicas.values()) > 0
+    started = CliRunner().invoke(startup_command, ["show", "--url", deployment.url]).output
+    assert started.count("weights") == started.count("ready after") == 2
     output = CliRunner().invoke(graphs_command, ["show", "--url", deployment.url]).output
     assert output.count("mode NONE, host backend") == 2
     assert "graphs are off" in output

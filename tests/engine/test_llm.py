@@ -9,8 +9,10 @@ import pytest
 
 from tests.model_fixtures import write_tiny_gguf
 from workers import LLM, SamplingParams
+from workers.checkpoint.cache import artifacts_root
 from workers.checkpoint.convert import convert_gguf
 from workers.errors import ConfigError, InvalidRequestError, ModelError, PromptTooLongError
+from workers.startup.files import read_report
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> LLM:
     return LLM(str(folder), dtype="float32", device="cpu", max_num_seqs=8)
+
+
+def test_the_start_is_accounted_for(llm: LLM) -> None:
+    texts(llm, "hello", SamplingParams(max_tokens=1))
+    report = llm.engine.startup_report()
+    names = [phase.name for phase in report.phases]
+    assert {"imports", "device", "weights", "profile", "KV cache", "compile", "capture", "tokenizer"} <= set(names)
+    assert next(phase for phase in report.phases if phase.name == "weights").num_bytes > 1000
+    assert all(phase.end_s is not None for phase in report.phases)
+    assert report.ready_s is not None
+    assert report.first_token_s is not None
+    assert report.ready_s < report.first_token_s
+    kept = [read_report(path) for path in (artifacts_root() / "startup").iterdir()]
+    assert any(other.first_token_s == report.first_token_s for other in kept), "kept with its last state"
 
 
 def texts(llm: LLM, prompts: Any, params: Any) -> list[str]:

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterable, Sequence
 
+from workers.checkpoint.cache import artifacts_root
 from workers.checkpoint.resolve import resolve_model
 from workers.config import EngineConfig
 from workers.engine.output_processor import OutputProcessor
@@ -25,6 +26,10 @@ from workers.sampling_params import SamplingParams
 from workers.scheduler.output import SchedulerOutput
 from workers.scheduler.prefix_journal import PrefixChanges, PrefixJournal
 from workers.scheduler.scheduler import Scheduler, SchedulerConfig
+from workers.startup.account import StartupAccount
+from workers.startup.beside import beside
+from workers.startup.files import write_report
+from workers.startup.report import StartupReport
 from workers.tokenizer.tokenizer import Tokenizer
 
 
@@ -33,6 +38,7 @@ class Engine:
 
     Args:
         config: The engine's configuration.
+        account: Where this start is written down; None begins an account here.
         histogram_store: Where the batch sizes seen are kept, for ``cudagraph_capture_sizes: auto``; by default a file
             in ``compile_cache_dir``.
 
@@ -41,15 +47,23 @@ class Engine:
         ConfigError: The configuration does not fit the model or the device.
     """
 
-    def __init__(self, config: EngineConfig, histogram_store: HistogramStore | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        account: StartupAccount | None = None,
+        histogram_store: HistogramStore | None = None,
+    ) -> None:
         self.config = config
+        self._account = account = account or StartupAccount.of_process(config.model)
         folder = resolve_model(config.model)
         self.model_config = ModelConfig.from_folder(folder)
         self.max_model_len = _max_model_len(config, self.model_config)
-        self.tokenizer = None
+        tokenizer_folder = resolve_model(config.tokenizer) if config.tokenizer else folder
+        tokenizer = None
         if not config.skip_tokenizer_init:
-            self.tokenizer = Tokenizer.from_folder(resolve_model(config.tokenizer) if config.tokenizer else folder)
-        self.runner = ModelRunner(config, self.model_config, folder, self.max_model_len, histogram_store)
+            tokenizer = beside(account, "tokenizer", lambda: Tokenizer.from_folder(tokenizer_folder))
+        self.runner = ModelRunner(config, self.model_config, folder, self.max_model_len, account, histogram_store)
+        self.tokenizer = None if tokenizer is None else tokenizer.result()
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=config.max_num_seqs,
@@ -67,6 +81,7 @@ class Engine:
         self._num_steps = self._num_computed_tokens = self._num_prompt_tokens = self._num_generated_tokens = 0
         self._num_finished = self._num_aborted = 0
         self._busy_seconds = 0.0
+        self._note("ready")
 
     def add_request(
         self,
@@ -160,6 +175,10 @@ class Engine:
         """What the graph layer captured, replayed and padded so far; may be read from any thread."""
         return self.runner.graph_report()
 
+    def startup_report(self) -> StartupReport:
+        """The account of this engine's start; may be read from any thread."""
+        return self._account.report()
+
     def stats(self) -> EngineStats:
         """A snapshot of the engine's work."""
         return EngineStats(
@@ -198,9 +217,17 @@ class Engine:
             if request.is_finished:
                 del self._requests[request.request_id]
                 self._num_finished += 1
+            if not self._num_generated_tokens:
+                self._note("first_token")
             self._num_generated_tokens += len(update.token_ids)
             chunks.append(chunk)
         return chunks
+
+    def _note(self, moment: str) -> None:
+        """Write a moment of the start into the account, and the account to its file."""
+        self._account.mark(moment)
+        if self.config.artifacts.store is not None:
+            write_report(artifacts_root() / "startup", self._account.report())
 
     def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         if not prompt_token_ids:

@@ -13,13 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
-from workers.engine.engine import Engine
 from workers.engine.stats import EngineStats
 from workers.errors import EngineDeadError, UserError
 from workers.outputs import FinishReason, TokenChunk
 from workers.sampling_params import SamplingParams
 from workers.scheduler.prefix_journal import PrefixChanges
+
+if TYPE_CHECKING:
+    from workers.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 

@@ -33,6 +33,7 @@ from workers.sampling.logprobs import LogprobsTensors
 from workers.sampling.sampler import Sampler
 from workers.sampling.state import SamplingState
 from workers.scheduler.output import SchedulerOutput
+from workers.startup.account import StartupAccount
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class ModelRunner:
         model_config: The model's shape.
         folder: Its checkpoint.
         max_model_len: Longest context.
+        account: Where this start is written down.
         histogram_store: Where the batch sizes seen are kept; by default a file in ``compile_cache_dir``.
 
     Attributes:
@@ -115,40 +117,52 @@ class ModelRunner:
         model_config: ModelConfig,
         folder: Path,
         max_model_len: int,
+        account: StartupAccount,
         histogram_store: HistogramStore | None = None,
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
-        self.device = resolve_device(config.device)
+        with account.phase("device"):
+            self.device = resolve_device(config.device)
+            torch.empty(1, device=self.device)  # brings the device up
         dtype = resolve_dtype(config.dtype, model_config, self.device)
         self.pipeline_depth = 2 if self.device.type == "cuda" else 1
-        self.model = load_model(
-            folder, model_config, dtype, self.device, config.load_format, config.seed, max_model_len=max_model_len
-        )
-        self.backend = make_backend(config.attention_backend, self.model.attention_spec(config.block_size), self.device)
+        with account.phase("weights") as weights:
+            self.model = load_model(
+                folder, model_config, dtype, self.device, config.load_format, config.seed, max_model_len=max_model_len
+            )
+            weights.num_bytes = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        with account.phase("attention"):
+            spec = self.model.attention_spec(config.block_size)
+            self.backend = make_backend(config.attention_backend, spec, self.device)
         self._slots = SlotTable(config.max_num_seqs, -(-max_model_len // config.block_size))
         self._batch = InputBatch(self._slots, config.max_num_batched_tokens, config.block_size, self.device)
         self._decode_batch = DecodeBatch(self._slots, self._batch)
         self._copies = HostCopies(config.max_num_seqs, self.device)
         self._sampling = SamplingState(config.max_num_seqs, model_config.vocab_size, self.device)
         self._sampler = Sampler(self._sampling)
-        self.num_blocks = self._plan_blocks(model_config.num_hidden_layers, max_model_len)
-        self._kv_caches = kv_cache.allocate_kv_caches(
-            self.backend, model_config.num_hidden_layers, self.num_blocks, self.device
-        )
+        with account.phase("profile"):
+            self.num_blocks = self._plan_blocks(model_config.num_hidden_layers, max_model_len)
+        with account.phase("KV cache") as phase:
+            self._kv_caches = kv_cache.allocate_kv_caches(
+                self.backend, model_config.num_hidden_layers, self.num_blocks, self.device
+            )
+            phase.num_bytes = sum(cache.nbytes for cache in self._kv_caches)
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
-        self._graphs = GraphedModel(
-            config,
-            self.model,
-            self.backend,
-            self._kv_caches,
-            self._batch,
-            self._decode_batch,
-            self._sampler,
-            histogram_store,
-        )
-        self._graphs.capture_first_set()
+        with account.phase("compile"):
+            self._graphs = GraphedModel(
+                config,
+                self.model,
+                self.backend,
+                self._kv_caches,
+                self._batch,
+                self._decode_batch,
+                self._sampler,
+                histogram_store,
+            )
+        with account.phase("capture"):
+            self._graphs.capture_first_set()
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> PendingStep:

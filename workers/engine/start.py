@@ -1,0 +1,40 @@
+"""The whole start of an engine, from before torch is imported.
+
+Begins first what needs no torch and takes time by itself: the CUDA driver, reading ahead in the weights. Then imports
+the engine and makes it. Imports torch only when called.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from workers.checkpoint.readahead import read_ahead
+from workers.checkpoint.resolve import resolve_model
+from workers.config import EngineConfig
+from workers.startup.account import StartupAccount
+from workers.startup.beside import beside
+from workers.startup.cuda import device_index, initialize_driver
+
+if TYPE_CHECKING:
+    from workers.engine.engine import Engine
+
+
+def start_engine(config: EngineConfig, account: StartupAccount | None = None) -> Engine:
+    """Make an engine; see :class:`workers.engine.engine.Engine` for what it raises.
+
+    Args:
+        account: Of a start that began before; None begins one with this process.
+    """
+    account = account or StartupAccount.of_process()
+    account.title = account.title or f"{config.model} on {config.device}"
+    index = device_index(config.device)
+    if index is not None:
+        beside(account, "CUDA driver", functools.partial(initialize_driver, index))
+    with account.phase("read ahead") as phase:
+        folder = resolve_model(config.model)
+        if config.load_format != "dummy":
+            phase.num_bytes = read_ahead(folder)
+    with account.phase("imports"):
+        from workers.engine.engine import Engine
+    return Engine(config, account)
