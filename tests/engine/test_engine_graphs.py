@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_models import tiny_checkpoint
 from workers import LLM, SamplingParams
+from workers.attention.base import BatchGeometry
+from workers.attention.sdpa import SdpaMetadata, SdpaPagedAttention
 from workers.graphs import pacing
 
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 7, 30, 12, 5)]
@@ -168,3 +172,58 @@ def test_a_busy_engine_gets_the_graphs_that_its_batches_miss(
     captured = {row.num_tokens for row in report.graphs if row.state == "captured" and row.uniform}
     assert captured > {8}
     assert report.pending > 0  # sizes that no batch had
+
+
+#: Sampled with the engine's own seeds, which go by the order of requests.
+UNSEEDED = SamplingParams(temperature=1.0, max_tokens=15, ignore_eos=True)
+SENTINEL = 12345.0
+
+
+def run_with_marked_caches(**compilation: Any) -> tuple[list[list[int]], list[torch.Tensor], LLM]:
+    """Tokens of unseeded requests, and the KV caches after them, in which everything unwritten is ``SENTINEL``."""
+    llm = make_llm(**compilation)
+    caches = llm.engine.runner._kv_caches
+    with torch.inference_mode():
+        for cache in caches:
+            cache.fill_(SENTINEL)
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    outputs = llm.generate(prompts, UNSEEDED, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs], [cache.clone() for cache in caches], llm
+
+
+@pytest.fixture
+def attention_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as a captured kernel does it: what is written follows from the slots of all rows, since it cannot
+    know how many are real, and the rows of padding come out as they will."""
+    build, forward = SdpaPagedAttention.build_metadata, SdpaPagedAttention.forward
+
+    def build_metadata(self: SdpaPagedAttention, geometry: BatchGeometry) -> SdpaMetadata:
+        rows = torch.nonzero(geometry.slot_mapping_T >= 0).flatten()
+        return dataclasses.replace(build(self, geometry), rows=rows, slots=geometry.slot_mapping_T[rows])
+
+    def attend(self: SdpaPagedAttention, *args: Any) -> None:
+        forward(self, *args)
+        metadata, out_THD = args[-2:]
+        out_THD[metadata.num_tokens :] = 100.0
+
+    monkeypatch.setattr(SdpaPagedAttention, "build_metadata", build_metadata)
+    monkeypatch.setattr(SdpaPagedAttention, "forward", attend)
+
+
+@pytest.mark.usefixtures("attention_of_a_gpu")
+@pytest.mark.parametrize("mode", ["FULL", "FULL_AND_PIECEWISE", "PIECEWISE"])
+def test_padding_rows_touch_no_cache_and_no_random_number(mode: str) -> None:
+    expected_tokens, expected_caches, _ = run_with_marked_caches(cudagraph_mode="NONE")
+    padded_tokens, padded_caches, llm = run_with_marked_caches(
+        mode="VLLM_COMPILE",
+        piece_format="fx",
+        cudagraph_mode=mode,
+        cudagraph_capture_sizes=[8, 32],
+        cudagraph_first_sizes="all",
+    )
+    assert llm.engine.graph_report().padded_tokens > 50
+    assert padded_tokens == expected_tokens
+    for padded, expected in zip(padded_caches, expected_caches, strict=True):
+        assert torch.equal(padded == SENTINEL, expected == SENTINEL)
+        assert (expected != SENTINEL).any()
+        torch.testing.assert_close(padded, expected)
