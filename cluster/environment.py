@@ -9,11 +9,13 @@ import os
 
 #: Variables that the processes of a deployment inherit unless the operator set them.
 #: - OMP_WAIT_POLICY: several engines share cores; spinning OpenMP threads would stop each other for milliseconds.
+#: - KINETO_LOG_LEVEL: torch's profiler otherwise writes two lines to standard error each time it is used.
 #: - RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP: the ingress is asynchronous anyway; one loop saves a thread hop per message.
 #: - RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE, RAY_SERVE_LOG_TO_STDERR: request logs are buffered and kept in files.
 #: - RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS: an engine that hangs will not finish anything, and its device is needed.
 _PROCESS_DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",
+    "KINETO_LOG_LEVEL": "99",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
     "RAY_SERVE_LOG_TO_STDERR": "0",

@@ -11,8 +11,11 @@ import sys
 import typer
 from rich.console import Console
 
+from cluster.cli import analyze as analyze_command
+from cluster.cli import bench as bench_command
 from cluster.cli import compile as compile_command
 from cluster.cli import config as config_command
+from cluster.cli import diagnose as diagnose_command
 from cluster.cli import graphs as graphs_command
 from cluster.cli import k8s as k8s_command
 from cluster.cli import model as model_command
@@ -28,6 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve_command.serve)
+app.command("diagnose")(diagnose_command.diagnose)
+app.add_typer(analyze_command.app)
+app.add_typer(bench_command.app)
 app.add_typer(compile_command.app)
 app.add_typer(config_command.app)
 app.add_typer(graphs_command.app)

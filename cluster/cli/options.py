@@ -12,3 +12,4 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one value, e.g. --set models.0.replicas.num_replicas=1. Repeatable."),
 ]
+ModelName = Annotated[str | None, typer.Option("--model", help="Which of the config's models, if there are several.")]

@@ -1,0 +1,54 @@
+"""What the analysing commands share: a table for people, JSON for programs, a chart for documents."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from cluster.cli.plot import Chart, write_chart
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+PlotPath = Annotated[Path | None, typer.Option("--plot", help="Also draw a chart to this .png or .svg file.")]
+
+
+def show(
+    data: dict[str, Any], parts: Sequence[RenderableType], chart: Chart, *, as_json: bool, plot: Path | None
+) -> None:
+    """Print ``data`` as JSON, or ``parts`` one below the other; draw ``chart`` if asked to."""
+    if as_json:
+        print(json.dumps(data, indent=2))
+    else:
+        console = Console(soft_wrap=True, highlight=False)
+        for part in parts:
+            console.print(part)
+    if plot is not None:
+        write_chart(chart, plot)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"chart: {plot}")
+
+
+def parse_sizes(text: str, name: str) -> list[int]:
+    """``1,2,4`` as numbers, ascending and each once.
+
+    Raises:
+        typer.BadParameter: Something else.
+    """
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list such as 1,2,4,8.", param_hint=name) from None
+    if sizes[0] < 1:
+        raise typer.BadParameter(f"{sizes[0]} is below 1.", param_hint=name)
+    return sizes
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A callback that shows on standard error, where that is a terminal, what is happening now."""
+    with Console(stderr=True, highlight=False).status("starting") as status:
+        yield status.update
