@@ -35,7 +35,7 @@ def crossover(
         f"{source}\n",
         _table(rows),
         "",
-        *(f"{row.costs.num_ops} ops: {row.explanation}" for row in rows),
+        *(f"{_ops(row)}: {row.explanation}" for row in rows),
     ]
     show(data, parts, _chart(rows, source), as_json=as_json, plot=plot)
 
@@ -68,7 +68,8 @@ def _table(rows: list[CrossoverRow]) -> Table:
 
 def _chart(rows: list[CrossoverRow], source: str) -> Chart:
     """Cost without a graph over cost with it, capture included, against the number of steps."""
-    labels = [f"{row.costs.num_ops} ops, capture {row.costs.capture:.4g} {row.costs.unit}" for row in rows]
+    labels = [f"{_ops(row)}, capture {row.costs.capture:.4g} {row.costs.unit}" for row in rows]
+    seen = list(dict.fromkeys(row.costs.num_ops for row in rows))
     return Chart(
         title="When a capture has paid for itself",
         x_label="steps since the capture",
@@ -78,10 +79,16 @@ def _chart(rows: list[CrossoverRow], source: str) -> Chart:
                 label,
                 _STEPS,
                 [n * row.costs.eager / (row.costs.capture + n * row.costs.replay) for n in _STEPS],
+                dashed=row.costs.capture > row.costs.eager,
+                colour=seen.index(row.costs.num_ops),
             )
             for label, row in zip(labels, rows, strict=True)
         ],
         log_x=True,
         log_y=True,
-        note=f"Above 1 the graph has paid. {source}.",
+        note=f"Above 1 the capture has paid for itself; {source}.",
     )
+
+
+def _ops(row: CrossoverRow) -> str:
+    return f"{row.costs.num_ops} {'op' if row.costs.num_ops == 1 else 'ops'}"

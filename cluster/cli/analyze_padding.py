@@ -33,7 +33,7 @@ def padding(
     grid = parse_sizes(sizes, "--sizes") if sizes is not None else default_capture_sizes(largest, 2 * largest)
     report = analyze_padding(batches, grid)
     source = f"batch sizes 1 to {largest}, once each" if load is None else str(load)
-    parts = [_table(report), *_summary(report, source)]
+    parts: list[Table | str] = [_table(report), *_summary(report, source)]
     show(report.to_dict(), parts, _chart(report, source), as_json=as_json, plot=plot)
 
 

@@ -54,17 +54,18 @@ def ablation(
 
 def _parts(report: AblationReport) -> list[Table | str]:
     batches = [row.batch for row in report.attributions]
-    times = Table("ms per decode step", *(f"batch {batch}" for batch in batches), "flags (below engine:)", box=None)
+    times = Table("ms per decode step", *(f"batch {batch}" for batch in batches), box=None)
     for variant in report.variants:
         cells = [report.step_ms(variant.name, batch) for batch in batches]
-        times.add_row(variant.name, *("-" if cell is None else f"{cell:.3f}" for cell in cells), variant.flags)
+        times.add_row(variant.name, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
     gains = Table("speed-up by layer", *(f"batch {batch}" for batch in batches), box=None)
     for name, label in _LAYERS.items():
         ratios = [getattr(row, name) for row in report.attributions]
         gains.add_row(label, *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios))
     head = f"{report.device}, {report.context} prompt tokens"
+    flags = [f"  {variant.name}: {variant.flags}" for variant in report.variants]
     notes = ["PIECEWISE graphs without compiled pieces do not exist: the pieces are what is captured.", *report.notes]
-    return [head, "", times, "", gains, "", *notes]
+    return [head, "", times, "", gains, "", "what sets each, below engine: in the config", *flags, "", *notes]
 
 
 def _chart(report: AblationReport) -> Chart:

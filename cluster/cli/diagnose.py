@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 #: What each verdict means, for whoever reads it for the first time.
 _MEANING = {
-    "launch-bound": "the device waits for the CPU to launch ops; graphs, or a native program on a CPU, help",
+    "launch-bound": "the device waits for the CPU to launch ops one by one",
     "host-bound": "the device waits for scheduling and sampling on the CPU between steps",
     "memory-bound": "reading weights and cached keys and values takes the time; larger batches share the weights",
     "compute-bound": "arithmetic takes the time; larger batches no longer help",
@@ -66,18 +67,29 @@ def _parts(found: Diagnosis, name: str, config: Path, index: int) -> list[Table 
         f"this device copies {rates.bandwidth / 1e9:.0f} GB/s and multiplies {rates.matmul_flops / 1e12:.3g} TFLOP/s",
     ]
     if found.device_type == "cpu":
-        head.append(
-            "there is no GPU here: 'launches' are ops that Python dispatches, and they do not overlap with the work"
-        )
+        head += [
+            "no GPU: a launch is an op that Python dispatches, and the work waits for it instead of overlapping;",
+            "a recorded native program, which runs the model in one call, does here what captured graphs do on a GPU",
+        ]
     verdict = [*_verdicts(found), "", *_crossover(found), "", *_fix(found.fix, config, index)]
-    return [*head, "", _table(found), "", *verdict]
+    return [*head, *_busy_host(), "", _table(found), "", *verdict]
+
+
+def _busy_host() -> list[str]:
+    """A warning where other work on this machine is likely to have moved the figures."""
+    load, num_cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= 1.5 * num_cpus:
+        return []
+    return [f"[yellow]this machine is busy (load {load:.1f} on {num_cpus} CPUs): the figures below may be off[/]"]
 
 
 def _table(found: Diagnosis) -> Table:
-    on_cuda = found.device_type == "cuda"
-    op, busy = ("kernel", "GPU busy") if on_cuda else ("op", "working")
-    columns = ["batch", "ms/step", "at best", f"{op}s/step", "launches/step", f"us/{op}", "us/launch", busy, "gaps"]
-    table = Table(*columns, "limited by", box=None)
+    op = "kernel" if found.device_type == "cuda" else "op"
+    table = Table(box=None, pad_edge=False)
+    for name in ("batch", "ms per\nstep", "at\nbest", f"{op}s", "launches", f"us per\n{op}", "us per\nlaunch", "busy"):
+        table.add_column(name, justify="right", vertical="bottom")
+    table.add_column("gaps\nms", justify="right")
+    table.add_column("limited by")
     for step, limit in zip(found.steps, found.limits, strict=True):
         table.add_row(
             str(step.batch),
@@ -88,8 +100,8 @@ def _table(found: Diagnosis) -> Table:
             f"{step.kernel_us:.1f}",
             f"{step.launch_us:.1f}",
             f"{step.busy_share:.0%}",
-            f"{max(0.0, step.step_us - step.busy_us) / 1e3:.2f} ms",
-            limit.value,
+            f"{max(0.0, step.step_us - step.busy_us) / 1e3:.2f}",
+            limit.value.removesuffix("-bound"),
         )
     return table
 

@@ -24,12 +24,17 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Series:
-    """One curve or one group of bars; ``y`` may have gaps (None)."""
+    """One curve or one group of bars; ``y`` may have gaps (None).
+
+    Attributes:
+        colour: Number of its colour, where several curves belong together; None takes the next.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float | None]
     dashed: bool = False
+    colour: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,7 +100,8 @@ def write_chart(chart: Chart, path: Path) -> None:
 
 
 def _draw_lines(axes: Axes, chart: Chart) -> None:
-    for index, series in enumerate(chart.series):
+    for number, series in enumerate(chart.series):
+        index = number if series.colour is None else series.colour
         points = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
         axes.plot(
             [x for x, _ in points],

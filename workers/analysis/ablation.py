@@ -94,11 +94,12 @@ class AblationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return dataclasses.asdict(self)
+        variants = [{"name": variant.name, "flags": variant.flags} for variant in self.variants]
+        return dataclasses.asdict(self) | {"variants": variants}
 
 
 def _variant(name: str, mode: str, graphs: str) -> Variant:
-    flags = f"compilation_config.mode: {mode}, compilation_config.cudagraph_mode: {graphs}"
+    flags = f"compilation_config: {{mode: {mode}, cudagraph_mode: {graphs}}}"
     changes = {"enforce_eager": False, "compilation_config": {"mode": mode, "cudagraph_mode": graphs}}
     return Variant(name, mode != "NONE", graphs, flags, changes)
 

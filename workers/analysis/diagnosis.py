@@ -211,6 +211,8 @@ def _fix_launches(config: EngineConfig, device_type: str, step: StepMeasurement)
     if config.enforce_eager:
         return Fix("enforce_eager", False, f"{cost}, and enforce_eager turns off what would launch them in one call.")
     if device_type == "cpu":
+        if step.launches < step.kernels:
+            return Fix(None, None, f"{cost}; the model itself is one native call, what is left is sampling and input.")
         return Fix(None, None, f"{cost}; no setting removes it: this model does not run as a recorded native program.")
     compilation = config.compilation_config
     if step.runs_as == CUDAGraphMode.NONE.name:

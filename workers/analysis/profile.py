@@ -19,6 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 #: CUDA runtime and driver calls that launch one kernel.
 _KERNEL_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cuLaunchKernel")
 _GRAPH_LAUNCHES = ("cudaGraphLaunch", "cuGraphLaunch")
+#: What the device itself needs between two kernels of a graph; no launch could shorten it.
+_TURNAROUND_US = 1.5
+
 #: Device activities that are no kernels.
 _TRANSFERS = ("Memcpy", "Memset")
 
@@ -32,7 +35,8 @@ class WorkProfile:
         kernel_launches: Launches of single kernels by the host. On a CPU: dispatched ops.
         graph_launches: Launches of whole graphs; 0 on a CPU, where the profiler cannot see them.
         transfers: Copies and fills on the device.
-        busy_us: Time in which the device ran anything. On a CPU: time inside dispatched ops.
+        busy_us: Time in which the device ran anything or turned from one kernel to the next. On a CPU: time inside
+            dispatched ops.
         kernel_us: Mean duration of one kernel (of one op).
         dispatched: Ops that Python dispatched, by name, over all profiled steps.
     """
@@ -89,7 +93,7 @@ def _of_cuda(events: Sequence[Any], num_steps: int) -> WorkProfile:
         kernel_launches=launches / num_steps,
         graph_launches=graphs / num_steps,
         transfers=(len(on_device) - len(kernels)) / num_steps,
-        busy_us=busy_time(on_device) / num_steps,
+        busy_us=busy_time(on_device, _TURNAROUND_US) / num_steps,
         kernel_us=sum(kernel.end_us - kernel.start_us for kernel in kernels) / max(1, len(kernels)),
         dispatched=Counter(activity.name for activity in _dispatched(events)),
     )
@@ -118,11 +122,12 @@ def _dispatched(events: Sequence[Any]) -> list[Activity]:
     ]
 
 
-def busy_time(activities: Iterable[Activity]) -> float:
-    """Length of the union of intervals, in their unit: what overlaps counts once."""
+def busy_time(activities: Iterable[Activity], bridged_us: float = 0.0) -> float:
+    """Length of the union of intervals, in microseconds: what overlaps counts once, gaps up to ``bridged_us`` count."""
     total, end = 0.0, float("-inf")
     for activity in sorted(activities, key=lambda activity: activity.start_us):
         if activity.end_us > end:
-            total += activity.end_us - max(activity.start_us, end)
+            starts_late = activity.start_us > end + bridged_us
+            total += activity.end_us - (activity.start_us if starts_late else end)
             end = activity.end_us
     return total
