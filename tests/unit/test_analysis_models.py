@@ -47,7 +47,7 @@ def test_a_histogram_and_a_trace_give_their_batches(tmp_path: Path) -> None:
     histogram = BatchHistogram()
     histogram.record(5, 5, is_decode=True)
     histogram.record(2, 40, is_decode=False)
-    (tmp_path / "histogram.json").write_bytes(histogram.to_bytes())
+    (tmp_path / "histogram.json").write_text(histogram.to_json())
     assert read_load(tmp_path / "histogram.json") == {5: 1, 40: 1}
     (tmp_path / "trace.jsonl").write_text('{"num_tokens": 5}\n\n{"num_tokens": 40, "count": 3}\n{"num_tokens": 5}\n')
     assert read_load(tmp_path / "trace.jsonl") == {5: 2, 40: 3}
@@ -74,7 +74,7 @@ def test_a_wrong_trace_is_refused_by_line(tmp_path: Path, text: str, problem: st
 def test_a_damaged_histogram_is_refused(tmp_path: Path) -> None:
     histogram = BatchHistogram()
     histogram.record(5, 5, is_decode=True)
-    document = json.loads(histogram.to_bytes())
+    document = json.loads(histogram.to_json())
     document["decode"]["5"] = 7
     (tmp_path / "histogram.json").write_text(json.dumps(document))
     with pytest.raises(ConfigError, match="checksum does not match"):

@@ -41,7 +41,7 @@ def uniform_load(max_size: int) -> Load:
 
 
 def read_load(path: Path) -> Load:
-    """The load in a histogram (``BatchHistogram.to_bytes``) or in a trace; the contents say which it is.
+    """The load in a histogram (``BatchHistogram.to_json``) or in a trace; the contents say which it is.
 
     Raises:
         ConfigError: The file cannot be read, is neither, or is empty; says which line is wrong.
@@ -59,7 +59,7 @@ def read_load(path: Path) -> Load:
 
 def _read_histogram(path: Path, data: bytes) -> Load:
     try:
-        return dict(BatchHistogram.from_bytes(data).token_counts())
+        return dict(BatchHistogram.from_json(data).token_counts())
     except HistogramError as error:
         raise ConfigError(f"{path}: {error}.") from None
 

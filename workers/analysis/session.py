@@ -68,10 +68,11 @@ def analysis_config(
 def _capture_sizes(config: EngineConfig, batches: Sequence[int]) -> list[int]:
     """Of the sizes that the config captures, those that serve these batches."""
     compilation = config.compilation_config
+    wanted = compilation.cudagraph_capture_sizes
     sizes = default_capture_sizes(
         config.max_num_seqs,
         config.max_num_batched_tokens,
-        sizes=compilation.cudagraph_capture_sizes,
+        sizes=None if wanted == "auto" else wanted,
         max_size=compilation.max_cudagraph_capture_size,
     )
     return sorted({next((size for size in sizes if size >= batch), sizes[-1]) for batch in batches})
