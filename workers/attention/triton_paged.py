@@ -169,7 +169,7 @@ class TritonPagedAttention(AttentionBackend):
             Triton's hash of each kernel by name; its folder in the Triton cache is named by the base32 of that.
         """
         from workers.attention.triton_kernels.kernel_set import RopeKind
-        from workers.attention.triton_kernels.launch import compile_all
+        from workers.kernels.triton_launch import compile_all
 
         launches = self.kernels.launches(RopeKind.of(rope))
         compile_all(list(launches.values()))

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import workers.kernels.gpu_linear  # noqa: F401  (defines the operators)
 from workers.kernels import cpu_ops
+from workers.kernels.functional import silu_and_mul
 
 
 class Linear(nn.Module):
@@ -67,10 +69,21 @@ class Linear(nn.Module):
 
     def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` in the same dtype."""
-        if self.packed_weight is None:
-            assert self.weight is not None
+        y_TN: torch.Tensor
+        if self.packed_weight is not None:
+            y_TN = torch.ops.warmgraph.packed_linear(x_TK, self.packed_weight, self.bias, self.out_features)
+            return y_TN
+        assert self.weight is not None
+        if x_TK.is_cpu:
             return F.linear(x_TK, self.weight, self.bias)
-        y_TN: torch.Tensor = torch.ops.warmgraph.packed_linear(x_TK, self.packed_weight, self.bias, self.out_features)
+        y_TN = torch.ops.warmgraph.linear(x_TK, self.weight, self.bias)
+        return y_TN
+
+    def silu_and_mul(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """``silu(gate) * up`` of ``forward(x)`` = cat(gate, up): ``[T, K]`` to ``[T, N / 2]``."""
+        if x_TK.is_cpu or self.bias is not None:
+            return silu_and_mul(self(x_TK))
+        y_TN: torch.Tensor = torch.ops.warmgraph.linear_silu_and_mul(x_TK, self.weight)
         return y_TN
 
     def logits(self, x_TK: torch.Tensor) -> torch.Tensor:

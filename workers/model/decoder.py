@@ -19,7 +19,7 @@ from torch import nn
 import workers.attention.op  # noqa: F401  (defines torch.ops.warmgraph.attention)
 from workers.attention.base import AttentionSpec
 from workers.compile.decorator import support_torch_compile
-from workers.kernels.functional import add_rms_norm, apply_rope, embedding, rms_norm, silu_and_mul
+from workers.kernels.functional import add_rms_norm, apply_rope, embedding, rms_norm
 from workers.kernels.linear import Linear
 from workers.model.config import ModelConfig
 from workers.model.rope import compute_cos_sin_cache
@@ -121,7 +121,7 @@ class MLP(nn.Module):
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         """``[T, E]`` to ``[T, E]``."""
-        down_TE: torch.Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(x_TE)))
+        down_TE: torch.Tensor = self.down_proj(self.gate_up_proj.silu_and_mul(x_TE))
         return down_TE
 
 

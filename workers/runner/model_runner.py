@@ -16,6 +16,7 @@ from workers.attention.selector import make_backend
 from workers.config import EngineConfig
 from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, HistogramStore
 from workers.graphs.context import ForwardContext, set_forward_context
+from workers.kernels import gpu_linear
 from workers.model.config import ModelConfig
 from workers.model.loader import load_model
 from workers.modes import CompilationMode
@@ -135,7 +136,8 @@ class ModelRunner:
             weights.num_bytes = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
         with account.phase("attention"):
             spec = self.model.attention_spec(config.block_size)
-            self.backend = make_backend(config.attention_backend, spec, self.device)
+            gpu_linear.prepare(dtype, self.device)
+        self.backend = make_backend(config.attention_backend, spec, self.device)
         self._slots = SlotTable(config.max_num_seqs, -(-max_model_len // config.block_size))
         self._batch = InputBatch(self._slots, config.max_num_batched_tokens, config.block_size, self.device)
         self._decode_batch = DecodeBatch(self._slots, self._batch)

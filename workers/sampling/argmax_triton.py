@@ -19,9 +19,11 @@ import triton.language as tl
 _TILE = 2048
 #: Programs wanted: several for each multiprocessor.
 _MIN_PROGRAMS = 512
+#: Most chunks of a row.
+_MAX_CHUNKS = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_size", "num_chunks"])
 def _best_of_chunk(values_RV, best_ptr, index_ptr, stride, vocab_size, num_chunks, chunk, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -41,7 +43,7 @@ def _best_of_chunk(values_RV, best_ptr, index_ptr, stride, vocab_size, num_chunk
     tl.store(index_ptr + row * num_chunks + part, index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _best_of_row(best_ptr, index_ptr, out_ptr, num_chunks, CHUNKS: tl.constexpr):
     row = tl.program_id(0)
     chunks = tl.arange(0, CHUNKS)
@@ -54,7 +56,7 @@ def argmax(values_RV: torch.Tensor) -> torch.Tensor:
     """int64 [R]: index of the first of each row's largest values; rows must be dense, and may be apart."""
     num_rows, vocab_size = values_RV.shape
     assert values_RV.stride(1) == 1
-    wanted = min(max(triton.cdiv(_MIN_PROGRAMS, max(num_rows, 1)), 1), triton.cdiv(vocab_size, _TILE))
+    wanted = min(triton.cdiv(_MIN_PROGRAMS, max(num_rows, 1)), triton.cdiv(vocab_size, _TILE), _MAX_CHUNKS)
     chunk = triton.cdiv(triton.cdiv(vocab_size, wanted), _TILE) * _TILE
     num_chunks = triton.cdiv(vocab_size, chunk)
     best = torch.empty(num_rows, num_chunks, dtype=torch.float32, device=values_RV.device)
@@ -65,5 +67,5 @@ def argmax(values_RV: torch.Tensor) -> torch.Tensor:
     _best_of_chunk[(num_rows, num_chunks)](
         values_RV, best, index, values_RV.stride(0), vocab_size, num_chunks, chunk, TILE=_TILE, num_warps=4
     )
-    _best_of_row[(num_rows,)](best, index, out_R, num_chunks, CHUNKS=triton.next_power_of_2(num_chunks), num_warps=1)
+    _best_of_row[(num_rows,)](best, index, out_R, num_chunks, CHUNKS=_MAX_CHUNKS, num_warps=4)
     return out_R

@@ -15,10 +15,10 @@ import torch
 from workers.attention.base import AttentionSpec, Rope
 from workers.attention.triton_kernels.cache_write import cache_write_kernel
 from workers.attention.triton_kernels.decode import decode_kernel
-from workers.attention.triton_kernels.launch import KernelLaunch
 from workers.attention.triton_kernels.prefill import prefill_kernel
 from workers.attention.triton_kernels.rope import NO_ROPE, NORM_AND_ROTATE, ROTATE
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPlan, SplitPolicy
+from workers.kernels.triton_launch import KernelLaunch
 
 #: Tokens of one cache-write program.
 WRITE_TOKENS = 32

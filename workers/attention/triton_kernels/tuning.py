@@ -61,7 +61,7 @@ class SplitPolicy:
     """
 
     programs_per_sm: float = 2.0
-    min_chunk: int = 128
+    min_chunk: int = 256
     max_chunk: int = 1024
     max_programs: int = 4096
     overflow_chunks: int = 2048
