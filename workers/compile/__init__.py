@@ -15,15 +15,12 @@ if TYPE_CHECKING:
     from workers.compile.model import CompiledModel, CompileReport, compile_model
     from workers.compile.plan import Plan
     from workers.compile.stitch import PieceInfo
-    from workers.compile.store import LocalPieceStore, PieceStore
 
 __all__ = [
     "CompilationMode",
     "CompileReport",
     "CompiledModel",
-    "LocalPieceStore",
     "PieceInfo",
-    "PieceStore",
     "Plan",
     "compile_model",
     "support_torch_compile",
@@ -32,9 +29,7 @@ __all__ = [
 _HOME = {
     "CompileReport": "workers.compile.model",
     "CompiledModel": "workers.compile.model",
-    "LocalPieceStore": "workers.compile.store",
     "PieceInfo": "workers.compile.stitch",
-    "PieceStore": "workers.compile.store",
     "Plan": "workers.compile.plan",
     "compile_model": "workers.compile.model",
     "support_torch_compile": "workers.compile.decorator",

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from workers.artifacts.digest import sha256
 from workers.compile.canonical import operation_counts, piece_key, size_text
 from workers.compile.formats.base import PieceFormat
 from workers.compile.passes.manager import PassManager
 from workers.compile.plan import Build, OpStep, PieceRecord, PieceStep, Plan, TensorSpec, Value
 from workers.compile.specialize import specialize
 from workers.compile.split import Region, SplitCall, split
-from workers.compile.store import PieceStore, put_blob
 from workers.compile.trace import TracedModel, trace
 from workers.compile.weights import tensor_spec
 
@@ -74,11 +74,12 @@ def split_model(
 
 
 def build_pieces(
-    split_model: SplitModel, piece_format: PieceFormat, store: PieceStore, sizes: Sequence[int | None] = (None,)
+    split_model: SplitModel, piece_format: PieceFormat, blobs: dict[str, bytes], sizes: Sequence[int | None] = (None,)
 ) -> int:
-    """Compile every unique piece, and put the bytes into the store and the builds into the plan.
+    """Compile every unique piece, and put the builds into the plan.
 
     Args:
+        blobs: Takes the bytes, by their digest.
         sizes: Values of the dynamic dimension to compile for; None stands for all of them.
 
     Returns:
@@ -93,7 +94,9 @@ def build_pieces(
             started = time.perf_counter()
             data = piece_format.build(specialize(graph, size))
             seconds = time.perf_counter() - started
-            record.builds.append(Build(piece_format.name, size, put_blob(store, data), len(data), round(seconds, 3)))
+            digest = sha256(data)
+            blobs[digest] = data
+            record.builds.append(Build(piece_format.name, size, digest, len(data), round(seconds, 3)))
             num_built += 1
             what = "every size" if size is None else f"size {size}"
             logger.info("piece %s for %s: %s, %.2f s, %d bytes", key[:8], what, piece_format.name, seconds, len(data))

@@ -13,12 +13,14 @@ class CompileCounters:
     Attributes:
         num_traces: Dynamo traces.
         num_compiled: Programs or pieces that went through a compiler.
-        num_loaded: Pieces loaded from a store.
+        num_shared: Pieces that were taken over from bundles of other models instead of compiled.
+        num_loaded: Pieces loaded.
         num_recompiles_refused: Batches that would have needed a compilation after start, and got an error.
     """
 
     num_traces: int = 0
     num_compiled: int = 0
+    num_shared: int = 0
     num_loaded: int = 0
     num_recompiles_refused: int = 0
 

@@ -1,6 +1,7 @@
-"""What compiled code depends on besides the model: machine, versions, sources.
+"""What compiled code depends on besides the model: machine, versions, sources, switches of the compilers.
 
-Everything is listed on purpose; what is not here is not part of a key. No paths, host names or times.
+Everything is listed on purpose; what is not here is not part of a key. No paths, host names or times. Imports no
+compiler.
 """
 
 from __future__ import annotations
@@ -8,22 +9,71 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import os
 import platform
+import shutil
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from workers.kernels import cpu_ops
+
 #: Raise it when compiled code changes in a way that no other factor shows.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Packages whose sources can be in a traced graph or decide what it looks like.
 _TRACED_PACKAGES = ("workers/model", "workers/kernels", "workers/compile", "workers/attention/op.py")
 
+#: Switches of the compilers, by the beginning of their names: a new one counts until it is known not to matter.
+_COMPILER_PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TRITON_")
 
-def environment_factors(device: torch.device) -> dict[str, Any]:
-    """The factors that every plan and piece on this machine has in common, by name."""
+#: Switches that say where things lie, how fast they are made, or what is printed; none of them changes the code.
+NEUTRAL_VARIABLES = frozenset(
+    {
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TORCHINDUCTOR_COMPILE_THREADS",
+        "TORCHINDUCTOR_COMPILE_WORKER_WAIT_TIMEOUT",
+        "TORCHINDUCTOR_FILE_LOCK_TIMEOUT",
+        "TORCHINDUCTOR_FX_GRAPH_CACHE",
+        "TORCHINDUCTOR_FX_GRAPH_CACHE_DEFAULT",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE",
+        "TORCHINDUCTOR_FX_GRAPH_REMOTE_CACHE",
+        "TORCHINDUCTOR_AUTOGRAD_REMOTE_CACHE",
+        "TORCHINDUCTOR_AUTOTUNE_REMOTE_CACHE",
+        "TORCHINDUCTOR_BUNDLED_AUTOTUNE_REMOTE_CACHE",
+        "TORCHINDUCTOR_NON_BLOCKING_REMOTE_CACHE_WRITE",
+        "TORCHINDUCTOR_QUIESCE_ASYNC_COMPILE_POOL",
+        "TORCHINDUCTOR_REDIS_HOST",
+        "TORCHINDUCTOR_REDIS_PORT",
+        "TORCHINDUCTOR_REDIS_URL",
+        "TORCHINDUCTOR_WORKER_LOGPATH",
+        "TORCHINDUCTOR_WORKER_START",
+        "TORCHINDUCTOR_WORKER_SUPPRESS_LOGGING",
+        "TORCHDYNAMO_VERBOSE",
+        "TORCH_COMPILE_DEBUG",
+        "TORCH_COMPILE_DEBUG_DIR",
+        "TORCH_COMPILE_CPROFILE",
+        "TORCH_COMPILE_DYNAMO_PROFILER",
+        "TRITON_ALWAYS_COMPILE",
+        "TRITON_CACHE_DIR",
+        "TRITON_DUMP_DIR",
+        "TRITON_HOME",
+        "TRITON_KERNEL_DUMP",
+        "TRITON_PRINT_AUTOTUNING",
+    }
+)
+
+
+def environment_factors(device: torch.device, environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The factors that every plan and piece on this machine has in common, by name.
+
+    Args:
+        environ: Environment variables, if not this process' own.
+    """
     factors: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "python": ".".join(map(str, sys.version_info[:2])),
@@ -31,9 +81,31 @@ def environment_factors(device: torch.device) -> dict[str, Any]:
         "torch_git": torch.version.git_version,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
-        "sources": _source_digest(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "variables": compiler_variables(os.environ if environ is None else environ),
     }
     return factors | (_cuda_factors(device) if device.type == "cuda" else _cpu_factors())
+
+
+def compiler_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment's switches of the compilers that can change what is compiled."""
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name.startswith(_COMPILER_PREFIXES) and name not in NEUTRAL_VARIABLES
+    }
+
+
+@functools.cache
+def source_digests() -> dict[str, str]:
+    """A digest of every source file that compiled code can depend on, by its path in the repository."""
+    root = Path(__file__).parents[2]
+    digests = {}
+    for package in _TRACED_PACKAGES:
+        path = root / package
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            digests[file.relative_to(root).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return digests
 
 
 def _cuda_factors(device: torch.device) -> dict[str, Any]:
@@ -51,7 +123,18 @@ def _cpu_factors() -> dict[str, Any]:
         "device": "cpu",
         "isa": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "num_threads": torch.get_num_threads(),
+        "cxx_major": _cxx_major(os.environ.get("CXX", "g++")),
+        "native_kernels": cpu_ops.is_available(),
     }
+
+
+@functools.cache
+def _cxx_major(compiler: str) -> str | None:
+    """Major version of the C++ compiler, which decides the ABI of what it builds; None where there is none."""
+    if shutil.which(compiler) is None:
+        return None
+    result = subprocess.run([compiler, "-dumpversion"], capture_output=True, text=True)
+    return f"{Path(compiler).name} {result.stdout.strip().partition('.')[0]}"
 
 
 def _version(package: str) -> str | None:
@@ -59,14 +142,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-@functools.cache
-def _source_digest() -> str:
-    root = Path(__file__).parents[2]
-    hashed = hashlib.sha256()
-    for package in _TRACED_PACKAGES:
-        path = root / package
-        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
-            hashed.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return hashed.hexdigest()

@@ -21,8 +21,12 @@ class PlanMismatchError(CompileError):
     """A plan does not belong to this model, these weights or this environment; the message says what differs."""
 
 
-class DamagedPieceError(CompileError):
-    """A stored piece is missing or is not what the plan says; nothing of it was executed."""
+class BuildFailedError(CompileError):
+    """The compiler failed, now or recently, or what it built was wrong; the model runs without compilation."""
+
+
+class SelfCheckError(CompileError):
+    """Loaded code crashed, hung, or computed something else than it should; it is not used."""
 
 
 class UnlinkablePieceError(CompileError):

@@ -6,40 +6,34 @@ The one place that knows all modes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from workers.artifacts.errors import Refusal, RefusedError, StoreError
+from workers.artifacts.key import BundleKey
+from workers.artifacts.library import ArtifactLibrary, Outcome
 from workers.compile import torch_compat
+from workers.compile.compilation import BuildFlight, PieceCompilation, build_alone
 from workers.compile.counters import CompileCounters
 from workers.compile.decorator import dynamic_arg_dims
-from workers.compile.environment import environment_factors
-from workers.compile.formats.base import make_format
-from workers.compile.passes.manager import PassManager
-from workers.compile.passes.standard import standard_passes
+from workers.compile.errors import BuildFailedError, CompileError, PlanMismatchError, SelfCheckError
+from workers.compile.key import ATTENTION_OPS, bundle_key, inductor_options
+from workers.compile.piece_set import PieceSet
 from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
+from workers.compile.self_check import check_on_node
 from workers.compile.stitch import WrapPiece
-from workers.compile.store import MemoryPieceStore, PieceStore
-from workers.compile.weights import tensor_spec, weight_names
+from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
 from workers.modes import CompilationMode
 
-if TYPE_CHECKING:
-    from workers.compile.compiler import SplitModel
-
-#: Ops that stay outside of pieces if the caller names none.
-ATTENTION_OPS = ("warmgraph::attention",)
-
-#: Inductor options unless the config says otherwise. What pieces take is settled by the plan and by the check of the
-#: arguments; asserting it again in each piece would cost the host as much as launching its kernels.
-DEFAULT_OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,8 +42,17 @@ class CompileReport:
 
     Attributes:
         seconds: From the call of :func:`compile_model` to its return.
-        is_warm: Whether everything came from the store.
+        is_warm: Whether everything came from the library.
         piece_format: None where there are no pieces.
+        passes: Matches of each fusion pass.
+        outcome: What came of looking for a bundle.
+        miss: On a miss, the factors that differ from the nearest bundle, in a few words.
+        find_seconds: Spent on manifests.
+        fetch_seconds: Spent on reading and verifying blobs.
+        check_seconds: Spent on trying the pieces in a process of their own.
+        load_seconds: Spent on loading pieces and binding weights.
+        num_bytes: Of the pieces.
+        saved_seconds: What these pieces took whoever built them; 0 if that was this process.
     """
 
     mode: CompilationMode
@@ -59,6 +62,14 @@ class CompileReport:
     num_pieces: int = 0
     num_unique_pieces: int = 0
     passes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    outcome: Outcome | None = None
+    miss: str = ""
+    find_seconds: float = 0.0
+    fetch_seconds: float = 0.0
+    check_seconds: float = 0.0
+    load_seconds: float = 0.0
+    num_bytes: int = 0
+    saved_seconds: float = 0.0
 
 
 class CompiledModel:
@@ -93,8 +104,9 @@ def compile_model(
     enforce_eager: bool = False,
     splitting_ops: Sequence[str] = ATTENTION_OPS,
     wrap_piece: WrapPiece | None = None,
-    store: PieceStore | None = None,
-    factors: Mapping[str, Any] | None = None,
+    library: ArtifactLibrary | None = None,
+    key: BundleKey | None = None,
+    flight: BuildFlight = build_alone,
 ) -> CompiledModel:
     """Compile a model as the config says, or load what an earlier process compiled.
 
@@ -105,11 +117,14 @@ def compile_model(
         enforce_eager: Mode NONE, whatever the config says.
         splitting_ops: Ops that stay outside of pieces (VLLM_COMPILE).
         wrap_piece: Put around every piece call (VLLM_COMPILE), see :class:`workers.compile.stitch.PieceInfo`.
-        store: Where plan and pieces are looked for and kept (VLLM_COMPILE); None keeps them in this process.
-        factors: What the compiled code depends on besides what this layer knows: the model's configuration, say.
+        library: Where pieces are looked for and published (VLLM_COMPILE); None keeps them in this process.
+        key: What compiled code depends on (VLLM_COMPILE); None takes what this layer knows, which says nothing of the
+            model and so suffices in memory only.
+        flight: Decides who of several processes builds.
 
     Raises:
         CompileError: The class is not decorated, a config entry is wrong, or the model does not trace.
+        BuildFailedError: The compiler failed, now or recently, or what it built is wrong.
     """
     started = time.perf_counter()
     device = next(iter(example_args.values())).device
@@ -127,123 +142,130 @@ def compile_model(
             example_args,
             dynamic_arg_dims(model),
             keeps_guards=mode is CompilationMode.STOCK_TORCH_COMPILE,
-            options=DEFAULT_OPTIONS | config.inductor_compile_config,
+            options=inductor_options(config),
             counters=counters,
         )
         return CompiledModel(dynamo, CompileReport(mode, time.perf_counter() - started), counters)
-    pieces = PieceCompilation(model, config, example_args, splitting_ops, store or MemoryPieceStore(), factors or {})
-    plan, piece_format, is_warm = pieces.load_or_build(counters)
-    piecewise = PiecewiseModel(
-        plan,
-        weight_names(model),
-        pieces.store,
-        piece_format,
-        sizes=config.compile_sizes,
-        wrap_piece=wrap_piece,
-        counters=counters,
+    if key is None:
+        key = bundle_key(config, device, dynamic_arg_dims(model), splitting_ops=splitting_ops)
+    compilation = PieceCompilation(
+        model, config, example_args, splitting_ops, library or ArtifactLibrary.in_memory(), key, counters
     )
-    calls = plan.piece_calls()
-    report = CompileReport(
-        mode, time.perf_counter() - started, is_warm, piece_format, len(calls), len(set(calls)), plan.passes
-    )
-    return CompiledModel(piecewise, report, counters, plan)
+    loading = _Loading(compilation, flight, str(device), wrap_piece, counters)
+    piecewise, pieces = loading.load(weight_names(model))
+    return CompiledModel(piecewise, loading.report(pieces, mode, started), counters, pieces.plan)
 
 
-def _weights_digest(model: nn.Module) -> str:
-    """A digest of the weights' names, shapes, dtypes and layouts."""
-    specs = [dataclasses.astuple(tensor_spec(name, tensor)) for name, tensor in weight_names(model).items()]
-    return hashlib.sha256(json.dumps(specs).encode()).hexdigest()
-
-
-class PieceCompilation:
-    """Everything that decides what a model's pieces are, and where they are kept.
+class _Loading:
+    """Gets the pieces of one model and loads them, and puts aside what must not be loaded.
 
     Args:
-        model: See :func:`compile_model`, as for the rest.
+        compilation: Where they come from.
+        flight: Who builds.
+        device: Where they run.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        config: CompilationConfig,
-        example_args: Mapping[str, torch.Tensor],
-        splitting_ops: Sequence[str],
-        store: PieceStore,
-        factors: Mapping[str, Any],
+        compilation: PieceCompilation,
+        flight: BuildFlight,
+        device: str,
+        wrap_piece: WrapPiece | None,
+        counters: CompileCounters,
     ) -> None:
-        self.store = store
-        self._model = model
-        self._example_args = example_args
-        self._splitting_ops = splitting_ops
-        self._dims = dynamic_arg_dims(model)
-        self._passes: PassManager = standard_passes(config.pass_config, splitting_ops)
-        self._options = DEFAULT_OPTIONS | config.inductor_compile_config
-        self._size_options = config.inductor_compile_config_for_sizes
-        self._sizes: list[int | None] = [None, *sorted(set(config.compile_sizes))]
-        device = next(iter(example_args.values())).device
-        self._formats = config.piece_formats(device.type)
-        self.factors: dict[str, Any] = environment_factors(device) | {
-            "model": dict(factors),
-            "dynamic_dims": self._dims,
-            "splitting_ops": list(splitting_ops),
-            "passes": self._passes.uuids(),
-            "inductor": self._options,
-            "inductor_for_sizes": self._size_options,
-            "weights": _weights_digest(model),
-        }
+        self._compilation = compilation
+        self._flight = flight
+        self._device = device
+        self._wrap_piece = wrap_piece
+        self._counters = counters
+        self._check_seconds = self._load_seconds = 0.0
 
-    @property
-    def plan_name(self) -> str:
-        """Name of the plan in the store: a digest of the factors."""
-        text = json.dumps(self.factors, sort_keys=True)
-        return f"plan-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    def load(self, weights: Mapping[str, torch.Tensor]) -> tuple[PiecewiseModel, PieceSet]:
+        """A model that runs. What is found and turns out bad is quarantined and built once more.
 
-    def stored_plan(self) -> Plan | None:
-        """The plan, if the store has it."""
-        data = self.store.get(self.plan_name)
-        return None if data is None else Plan.from_json(data)
-
-    def load_or_build(self, counters: CompileCounters) -> tuple[Plan, str, bool]:
-        """A plan with a complete set of pieces.
-
-        Returns:
-            The plan, the format to load, and whether it was all there.
+        Raises:
+            BuildFailedError: That was no better, or the compiler failed.
         """
-        plan = self.stored_plan()
-        if plan is not None:
-            for name in self._formats:
-                if all(name in plan.formats(size) for size in self._sizes):
-                    return plan, name, True
-        return self.build(self._formats[-1], counters), self._formats[-1], False
+        compilation = self._compilation
+        for is_last in (False, True):
+            pieces = self._flight(compilation.key.digest, compilation.find, compilation.build, compilation.publish)
+            try:
+                return self._load(pieces, weights), pieces
+            except StoreError as error:
+                # Somebody else's bundle that cannot be read now is as good as none.
+                logger.warning("the pieces of key %s cannot be fetched: %s", compilation.key.digest[:16], error)
+                return self._build_here(weights)
+            except (RefusedError, PlanMismatchError, SelfCheckError) as error:
+                if is_last or not pieces.is_warm:
+                    raise BuildFailedError(str(error)) from error
+                if not isinstance(error, RefusedError):
+                    self._quarantine(pieces, error)
+        raise AssertionError
 
-    def split(self) -> SplitModel:
-        """Trace and split; compiles nothing."""
-        from workers.compile.compiler import split_model
-
-        return split_model(
-            self._model,
-            self._example_args,
-            self._dims,
-            splitting_ops=self._splitting_ops,
-            passes=self._passes,
-            factors=self.factors,
+    def report(self, pieces: PieceSet, mode: CompilationMode, started: float) -> CompileReport:
+        """What it came to."""
+        sizes = self._compilation.sizes
+        calls, lookup = pieces.plan.piece_calls(), self._compilation.lookup
+        explanation = lookup.explanation if lookup else None
+        saved = pieces.build_seconds(sizes) if pieces.is_warm else 0.0
+        self._compilation.library.counters.seconds_saved += saved
+        return CompileReport(
+            mode,
+            time.perf_counter() - started,
+            pieces.is_warm,
+            pieces.piece_format,
+            len(calls),
+            len(set(calls)),
+            pieces.plan.passes,
+            lookup.outcome if lookup else None,
+            explanation.label if explanation else "",
+            lookup.seconds if lookup else 0.0,
+            pieces.fetch_seconds,
+            self._check_seconds,
+            self._load_seconds,
+            sum(build.num_bytes for build in pieces.builds(sizes)),
+            saved,
         )
 
-    def build(self, piece_format: str, counters: CompileCounters) -> Plan:
-        """Trace, compile the pieces that the stored plan lacks in this format, and store the plan."""
-        wait_for_compiler(only_if_begun=piece_format == "fx")
-        from workers.compile.compiler import build_pieces
+    def _build_here(self, weights: Mapping[str, torch.Tensor]) -> tuple[PiecewiseModel, PieceSet]:
+        pieces = self._compilation.build()
+        return self._load(pieces, weights), pieces
 
-        if piece_format != "fx":
-            torch_compat.check_inductor_options([*self._options, *(self._size_options or ())])
-        split = self.split()
-        counters.num_traces += 1
-        # Read after the trace: another process may have added builds meanwhile.
-        stored = self.stored_plan()
-        if stored is not None:
-            for key, record in split.plan.pieces.items():
-                record.builds = stored.pieces[key].builds if key in stored.pieces else []
-        builder = make_format(piece_format, self._options, self._size_options)
-        counters.num_compiled += build_pieces(split, builder, self.store, self._sizes)
-        self.store.put(self.plan_name, split.plan.to_json().encode())
-        return split.plan
+    def _load(self, pieces: PieceSet, weights: Mapping[str, torch.Tensor]) -> PiecewiseModel:
+        """Everything is fetched and verified, then tried in a child process, and only then loaded here."""
+        sizes = self._compilation.sizes
+        pieces.fetch(sizes)
+        if pieces.is_warm:
+            self._check(pieces)
+        started = time.perf_counter()
+        try:
+            return PiecewiseModel(
+                pieces,
+                weights,
+                sizes=[size for size in sizes if size is not None],
+                wrap_piece=self._wrap_piece,
+                counters=self._counters,
+            )
+        except CompileError:
+            raise
+        except Exception as error:
+            # A loader can fail in any way; whatever it is, these bytes are no good here.
+            raise SelfCheckError(f"Loading failed: {type(error).__name__}: {error}") from error
+        finally:
+            self._load_seconds += time.perf_counter() - started
+
+    def _check(self, pieces: PieceSet) -> None:
+        config = self._compilation.library.config
+        if config.store is None or config.self_check == "off":
+            return
+        started = time.perf_counter()
+        check_on_node(pieces, self._compilation.sizes, self._device, config.self_check_timeout_s)
+        self._check_seconds += time.perf_counter() - started
+
+    def _quarantine(self, pieces: PieceSet, error: Exception) -> None:
+        assert pieces.bundle is not None
+        reason = Refusal.SELF_CHECK if isinstance(error, SelfCheckError) else Refusal.STRUCTURE
+        # Code that was wrong is wrong in every bundle; a plan for other weights says nothing of its pieces.
+        is_code = reason is Refusal.SELF_CHECK
+        blobs = [build.sha256 for build in pieces.builds(self._compilation.sizes)] if is_code else []
+        self._compilation.library.quarantine(pieces.bundle, reason, str(error), blobs)

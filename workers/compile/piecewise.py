@@ -13,11 +13,9 @@ from typing import Any
 import torch
 
 from workers.compile.counters import CompileCounters
-from workers.compile.errors import PlanMismatchError
 from workers.compile.formats.base import make_format
-from workers.compile.plan import Plan
+from workers.compile.piece_set import PieceSet
 from workers.compile.stitch import LoadedPiece, Runner, WrapPiece, stitch
-from workers.compile.store import PieceStore, get_blob
 from workers.compile.weights import tensor_spec
 
 
@@ -35,10 +33,8 @@ class PiecewiseModel:
     """Runs a plan.
 
     Args:
-        plan: With builds in ``piece_format`` for every piece.
+        pieces: Plan and builds, fetched.
         weights: The model's parameters and buffers by name.
-        store: Where the pieces are.
-        piece_format: Which builds to load.
         sizes: Batch sizes to load builds of their own for.
         wrap_piece: Called for every piece call, in the order of the pass, for the runner of every size and then for
             those compiled for one size.
@@ -46,41 +42,35 @@ class PiecewiseModel:
 
     Raises:
         PlanMismatchError: The weights are not those the plan was compiled for, or there is no such build.
-        DamagedPieceError: A piece is missing or is not what the plan says.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        pieces: PieceSet,
         weights: Mapping[str, torch.Tensor],
-        store: PieceStore,
-        piece_format: str,
         *,
         sizes: Iterable[int] = (),
         wrap_piece: WrapPiece | None = None,
         counters: CompileCounters | None = None,
     ) -> None:
+        plan = pieces.plan
         plan.check_weights({name: tensor_spec(name, tensor) for name, tensor in weights.items()})
         self.plan = plan
-        self.piece_format = piece_format
+        self.piece_format = pieces.piece_format
         self._counters = counters if counters is not None else CompileCounters()
         self._checks = [
             _Check(spec.name, getattr(torch, spec.dtype.removeprefix("torch.")), len(spec.shape), dim)
             for spec, dim in zip(plan.arguments, plan.dynamic_dims, strict=True)
             if spec.dtype
         ]
-        loader = make_format(piece_format)
+        loader = make_format(pieces.piece_format)
 
         def runner(size: int | None) -> Runner:
-            pieces: dict[str, LoadedPiece] = {}
-            for key, record in plan.pieces.items():
-                build = record.find_build(piece_format, size)
-                if build is None:
-                    what = "every size" if size is None else f"size {size}"
-                    raise PlanMismatchError(f"The plan has no {piece_format} build of piece {key} for {what}.")
-                pieces[key] = loader.load(get_blob(store, build.sha256))
+            loaded: dict[str, LoadedPiece] = {}
+            for key, build in zip(plan.pieces, pieces.builds([size]), strict=True):
+                loaded[key] = loader.load(pieces.blobs[build.sha256])
                 self._counters.num_loaded += 1
-            return stitch(plan, pieces, weights, size=size, wrap_piece=wrap_piece)
+            return stitch(plan, loaded, weights, size=size, wrap_piece=wrap_piece)
 
         self._general = runner(None)
         self._by_size: dict[int, Callable[..., Any]] = {size: runner(size) for size in sizes}

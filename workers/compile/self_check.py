@@ -1,0 +1,122 @@
+"""Runs pieces that come from a store in a process of their own before this process loads them.
+
+Code that crashes, hangs or computes nonsense must not take the engine with it. The check costs a process that imports
+torch, and the compiler where the format needs it, so it is made once on each node for a set of builds; the verdict is
+kept in the user's artifact folder. What cannot be decided (no memory left for a second process, say) is not held
+against the pieces. Knows processes and verdicts; what is run in the child is in workers.compile.self_check_child.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from workers.artifacts.digest import canonical_json, sha256
+from workers.checkpoint.cache import artifacts_root
+from workers.compile.errors import SelfCheckError
+from workers.compile.piece_set import PieceSet
+
+logger = logging.getLogger(__name__)
+
+#: What the child says when it begins with code from the store; whatever ends it before that is not the code's fault.
+LOADING = "loading"
+PASSED = "passed"
+FAILED = "failed"
+
+#: Modules that may define operators which pieces call, by the beginning of their names.
+_OPERATOR_PACKAGES = ("workers.kernels", "workers.attention")
+
+_CHILD = "workers.compile.self_check_child"
+
+
+def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, timeout_s: float) -> bool:
+    """Run fetched pieces in a child process, unless this node has done so before.
+
+    Args:
+        device: Where they run.
+        timeout_s: After this, code that is still running has failed.
+
+    Returns:
+        Whether the child ran.
+
+    Raises:
+        SelfCheckError: The code crashed, hung, or gave something else than it should.
+    """
+    builds = pieces.builds(sizes)
+    assert pieces.bundle is not None
+    digests = sorted([*(build.sha256 for build in builds), *map(sha256, pieces.probes.values())])
+    verdict = artifacts_root() / "verdicts" / sha256(canonical_json([pieces.bundle.key, digests]))
+    if verdict.exists():
+        return False
+    with tempfile.TemporaryDirectory(prefix="warmgraph-check-") as name:
+        folder = Path(name)
+        folder.chmod(0o700)
+        for size, data in pieces.probes.items():
+            (folder / probes_file(size)).write_bytes(data)
+        work = []
+        for (key, size), build in zip(_keys(pieces, sizes), builds, strict=True):
+            (folder / build.sha256).write_bytes(pieces.blobs[build.sha256])
+            work.append({"piece": key, "size": size, "file": build.sha256})
+        modules = sorted(module for module in sys.modules if module.startswith(_OPERATOR_PACKAGES))
+        request = {"format": pieces.piece_format, "device": device, "work": work, "modules": modules}
+        (folder / "request.json").write_text(json.dumps(request))
+        has_passed = _run_child(folder, timeout_s)
+    if has_passed:
+        verdict.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        verdict.touch(mode=0o600)
+    return True
+
+
+def _keys(pieces: PieceSet, sizes: Sequence[int | None]) -> list[tuple[str, int | None]]:
+    """In the order of :meth:`PieceSet.builds`."""
+    return [(key, size) for size in sizes for key in pieces.plan.pieces]
+
+
+def probes_file(size: int | None) -> str:
+    """Where the child finds what pieces for this batch size should give."""
+    return f"probes-{size or 'any'}.json"
+
+
+def _run_child(folder: Path, timeout_s: float) -> bool:
+    """Whether the pieces passed; False if the child could not tell."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"}
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", _CHILD, str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            status: int | None = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    output_text = (folder / "output").read_text(errors="replace").strip()
+    states = (folder / "states").read_text().splitlines() if (folder / "states").exists() else []
+    last = states[-1] if states else ""
+    if last == PASSED:
+        return True
+    if LOADING not in states:
+        logger.warning("pieces could not be checked in a process of their own: %s", _tail(output_text))
+        return False
+    if last.startswith(FAILED):
+        raise SelfCheckError(last.removeprefix(f"{FAILED}: "))
+    how = f"did not finish within {timeout_s:g} s" if status is None else f"ended with status {status}"
+    raise SelfCheckError(f"The process that tried the pieces {how}. {_tail(output_text)}")
+
+
+def _tail(text: str) -> str:
+    return " ".join(text.splitlines()[-3:])[-600:]
