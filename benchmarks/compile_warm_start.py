@@ -164,8 +164,9 @@ def run_phase(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(run: DecodeRun, phase: str, folder: Path, sizes: list[int]) -> dict[str, Any]:
     """Compile or load, then the first call, the tokens, and the host's time per decode step."""
-    from workers.compile import LocalPieceStore, compile_model
-    from workers.config import CompilationConfig
+    from workers.artifacts.library import ArtifactLibrary
+    from workers.compile import compile_model
+    from workers.config import ArtifactConfig, CompilationConfig
     from workers.modes import CompilationMode
 
     clock, files_before = run.clock, cache_files()
@@ -185,9 +186,10 @@ def measure(run: DecodeRun, phase: str, folder: Path, sizes: list[int]) -> dict[
         pass_config={name: False} if is_ablation else {},
         compile_sizes=sizes,
     )
-    store = LocalPieceStore(folder / "store")
+    library = ArtifactLibrary.from_config(ArtifactConfig(self_check="off"), folder / "store")
     example = {"input_ids_T": run.ids(8), "positions_T": run.ids(8)}
-    model = compile_model(run.model, config, example, splitting_ops=run.backend.splitting_ops, store=store)
+    ops = run.backend.splitting_ops
+    model = compile_model(run.model, config, example, splitting_ops=ops, library=library)
     clock.lap("compile_s")
     assert model.report.is_warm is (stage == "warm")
     tokens = run.generate(model)

@@ -13,11 +13,11 @@ from torch import nn
 
 from tests.paged import CPU, PagedSession
 from tests.tiny_models import VOCAB_SIZE, tiny_checkpoint
+from workers.artifacts.library import ArtifactLibrary
 from workers.attention.sdpa import SdpaPagedAttention
 from workers.compile import support_torch_compile
 from workers.compile.model import ATTENTION_OPS, CompiledModel, compile_model
 from workers.compile.stitch import WrapPiece
-from workers.compile.store import PieceStore
 from workers.config import CompilationConfig
 from workers.kernels import cpu_ops, linear, reference
 from workers.model import decoder
@@ -60,7 +60,7 @@ def example_args(num_tokens: int = 8) -> dict[str, torch.Tensor]:
 def compile_decoder(
     model: DecoderForCausalLM,
     *,
-    store: PieceStore | None = None,
+    library: ArtifactLibrary | None = None,
     wrap_piece: WrapPiece | None = None,
     splitting_ops: Sequence[str] = ATTENTION_OPS,
     **config: Any,
@@ -71,7 +71,7 @@ def compile_decoder(
         CompilationConfig(**config),
         example_args(),
         splitting_ops=splitting_ops,
-        store=store,
+        library=library,
         wrap_piece=wrap_piece,
     )
 
@@ -180,7 +180,7 @@ def mixing_inputs(num_tokens: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 def compile_mixing(
-    model: MixingModel, *, store: PieceStore | None = None, wrap_piece: WrapPiece | None = None, **config: Any
+    model: MixingModel, *, library: ArtifactLibrary | None = None, wrap_piece: WrapPiece | None = None, **config: Any
 ) -> CompiledModel:
     """Compile the small model; runs pieces as they are unless the config says otherwise."""
     return compile_model(
@@ -188,6 +188,6 @@ def compile_mixing(
         CompilationConfig(**{"mode": "VLLM_COMPILE", "piece_format": "fx", **config}),
         {"x_TE": mixing_inputs()},
         splitting_ops=MIXING_OPS,
-        store=store,
+        library=library,
         wrap_piece=wrap_piece,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What tests compile, and the keys that sign it, end with them; tests share verdicts of self-checks.
 if "WARMGRAPH_ARTIFACTS" not in os.environ:
     os.environ["WARMGRAPH_ARTIFACTS"] = tempfile.mkdtemp(prefix="warmgraph-artifacts-")
     atexit.register(shutil.rmtree, os.environ["WARMGRAPH_ARTIFACTS"], ignore_errors=True)

@@ -30,12 +30,11 @@ class CompilationConfig(pydantic.BaseModel):
         inductor_compile_config_for_sizes: Options on top of them for the pieces of ``compile_sizes``, tuning say
             (``coordinate_descent_tuning``, ``max_autotune``). None takes what pays: ``aoti`` pieces on CUDA are tuned
             by coordinate descent while they are built, and carry what that found.
-        compile_cache_dir: Private folder for plans and pieces; None keeps them in the process.
         cudagraph_mode: Which batches run as captured graphs; None takes FULL_AND_PIECEWISE on CUDA and NONE on a
             CPU, where padding costs more than launches. What the model and the attention backend cannot do is
             resolved at start, with one warning.
         cudagraph_capture_sizes: Batch sizes, in tokens, to capture; None takes the default grid. ``auto`` chooses those
-            that waste the least padding on the batches seen so far, which are kept in ``compile_cache_dir``.
+            that waste the least padding on the batches seen so far, which are shared as an artifact.
         cudagraph_num_auto_sizes: Most sizes that ``auto`` chooses.
         max_cudagraph_capture_size: Largest of the default grid.
         cudagraph_first_sizes: Sizes captured before the engine is ready; the rest follows in idle gaps. None takes
@@ -52,7 +51,6 @@ class CompilationConfig(pydantic.BaseModel):
     pass_config: dict[str, bool] = {}
     inductor_compile_config: dict[str, bool | int | float | str | None] = {}
     inductor_compile_config_for_sizes: dict[str, bool | int | float | str | None] | None = None
-    compile_cache_dir: str | None = None
     cudagraph_mode: CUDAGraphMode | None = None
     cudagraph_capture_sizes: list[int] | Literal["auto"] | None = None
     cudagraph_num_auto_sizes: int = pydantic.Field(default=16, ge=2)

@@ -5,7 +5,6 @@ Traces with made-up weights and prints; what is compiled is never run.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,14 +63,15 @@ def _split(engine: EngineConfig, device_name: str | None) -> tuple[SplitModel, P
     """The model's pieces, and their plan: the stored one, with its builds, if there is one."""
     import torch
 
+    from workers.artifacts.library import ArtifactLibrary
     from workers.attention.selector import make_backend
     from workers.attention.triton_paged import TritonPagedAttention
     from workers.checkpoint.resolve import resolve_model
-    from workers.compile.model import PieceCompilation
-    from workers.compile.store import LocalPieceStore, MemoryPieceStore
+    from workers.compile.compilation import PieceCompilation
     from workers.model.config import ModelConfig
     from workers.model.decoder import DecoderForCausalLM
     from workers.model.loader import load_model
+    from workers.runner.artifacts import key_of_config
     from workers.runner.device import resolve_device, resolve_dtype
 
     folder = resolve_model(engine.model)
@@ -87,16 +87,11 @@ def _split(engine: EngineConfig, device_name: str | None) -> tuple[SplitModel, P
         backend = make_backend(engine.attention_backend, model.attention_spec(engine.block_size), device)
         splitting_ops = backend.splitting_ops
     ids = torch.zeros(2, dtype=torch.int64, device=device)
-    cache_dir = engine.compilation_config.compile_cache_dir
-    compilation = PieceCompilation(
-        model,
-        engine.compilation_config,
-        {"input_ids_T": ids, "positions_T": ids.clone()},
-        splitting_ops,
-        LocalPieceStore(Path(cache_dir).expanduser()) if cache_dir else MemoryPieceStore(),
-        # As the runner has it, or the stored plan would have another name.
-        dataclasses.asdict(model_config) | {"dtype": str(dtype)},
-    )
+    # Nothing has been built for a device that is not here.
+    library = ArtifactLibrary.in_memory() if is_meta else ArtifactLibrary.from_config(engine.artifacts)
+    key = key_of_config(engine, torch.device("cpu") if is_meta else device)
+    example_args = {"input_ids_T": ids, "positions_T": ids.clone()}
+    compilation = PieceCompilation(model, engine.compilation_config, example_args, splitting_ops, library, key)
     split = compilation.split()
     return split, compilation.stored_plan() or split.plan
 

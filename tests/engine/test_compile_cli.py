@@ -58,8 +58,8 @@ def test_builds_are_shown_once_there_are_some(config: Path, tmp_path: Path) -> N
     engine["compilation_config"] = {
         "mode": "VLLM_COMPILE",
         "piece_format": "fx",
-        "compile_cache_dir": str(tmp_path / "pieces"),
     }
+    engine["artifacts"] = {"store": str(tmp_path / "store")}
     config.write_text(yaml.safe_dump(document))
     LLM(**engine, skip_tokenizer_init=True)
     pieces = json.loads(show(config, "--json"))["pieces"]

@@ -19,9 +19,9 @@ from tests.compile_cases import (
     use_plain_forms,
 )
 from tests.tiny_models import ARCHITECTURE_NAMES, NAMES
+from workers.artifacts.library import ArtifactLibrary
 from workers.compile.errors import RecompileError
 from workers.compile.model import compile_model
-from workers.compile.store import MemoryPieceStore
 from workers.config import CompilationConfig
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.modes import CompilationMode
@@ -35,9 +35,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_equal_eager_cold_and_warm(name: str) -> None:
-    store, model = MemoryPieceStore(), tiny_decoder(name)
+    library, model = ArtifactLibrary.in_memory(), tiny_decoder(name)
     for is_warm in (False, True):
-        compiled = compile_decoder(model, store=store, mode="VLLM_COMPILE", piece_format="fx", compile_sizes=[1, 5])
+        compiled = compile_decoder(model, library=library, mode="VLLM_COMPILE", piece_format="fx", compile_sizes=[1, 5])
         assert compiled.report.is_warm is is_warm
         assert_equals_eager(model, compiled, seed=NAMES.index(name))
 
@@ -54,9 +54,9 @@ def test_whole_graphs_equal_eager(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURE_NAMES)
 def test_inductor_pieces_equal_eager_cold_and_warm(name: str) -> None:
-    store, model = MemoryPieceStore(), tiny_decoder(name)
+    library, model = ArtifactLibrary.in_memory(), tiny_decoder(name)
     for is_warm in (False, True):
-        compiled = compile_decoder(model, store=store, mode="VLLM_COMPILE", piece_format="standalone")
+        compiled = compile_decoder(model, library=library, mode="VLLM_COMPILE", piece_format="standalone")
         assert compiled.report.is_warm is is_warm
         assert_equals_eager(model, compiled)
 

@@ -21,16 +21,28 @@ from tests.compile_cases import (
     mixing_inputs,
     tiny_decoder,
 )
+from workers.artifacts.errors import Refusal
+from workers.artifacts.library import ArtifactLibrary
+from workers.artifacts.names import blob_name
 from workers.compile import PieceInfo, compile_model, support_torch_compile
 from workers.compile.compiler import SplitModel, split_model
-from workers.compile.errors import CompileError, DamagedPieceError, GraphBreakError, PlanMismatchError
+from workers.compile.errors import BuildFailedError, CompileError, GraphBreakError, PlanMismatchError
+from workers.compile.key import bundle_key
 from workers.compile.passes.standard import standard_passes
+from workers.compile.piece_set import PieceSet
 from workers.compile.piecewise import PiecewiseModel
-from workers.compile.plan import OpStep, PieceStep, Plan
+from workers.compile.plan import OpStep, PieceStep
 from workers.compile.stitch import source
-from workers.compile.store import MemoryPieceStore
 from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
+
+# Inductor's own imports use what PyTorch has deprecated.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
+
+CONFIG = CompilationConfig(mode="VLLM_COMPILE", piece_format="fx")
 
 
 def split_mixing(num_layers: int, **switches: bool) -> SplitModel:
@@ -186,9 +198,9 @@ def test_arguments_that_were_not_compiled_for_are_refused() -> None:
 
 
 def test_a_second_process_finds_everything_in_the_store() -> None:
-    store, model = MemoryPieceStore(), MixingModel(2)
-    cold = compile_mixing(model, store=store)
-    warm = compile_mixing(MixingModel(2, seed=1), store=store)
+    library, model = ArtifactLibrary.in_memory(), MixingModel(2)
+    cold = compile_mixing(model, library=library)
+    warm = compile_mixing(MixingModel(2, seed=1), library=library)
     assert (cold.report.is_warm, warm.report.is_warm) == (False, True)
     assert (cold.counters.num_traces, cold.counters.num_compiled) == (1, 3)
     assert (warm.counters.num_traces, warm.counters.num_compiled, warm.counters.num_loaded) == (0, 0, 3)
@@ -197,33 +209,32 @@ def test_a_second_process_finds_everything_in_the_store() -> None:
 
 
 def test_what_compiled_code_depends_on_is_part_of_the_key() -> None:
-    store, model = MemoryPieceStore(), MixingModel(2)
-    compile_mixing(model, store=store)
+    library, model = ArtifactLibrary.in_memory(), MixingModel(2)
+    compile_mixing(model, library=library)
     for changed in (
         {"pass_config": {"noop_elimination": False}},
         {"inductor_compile_config": {"shape_padding": True}},
         {"inductor_compile_config_for_sizes": {"max_autotune": True}},
     ):
-        assert not compile_mixing(model, store=store, **changed).report.is_warm
+        assert not compile_mixing(model, library=library, **changed).report.is_warm
     # Sizes add builds to the plan.
-    assert not compile_mixing(model, store=store, compile_sizes=[4]).report.is_warm
-    assert compile_mixing(model, store=store, compile_sizes=[4]).report.is_warm
-    assert compile_mixing(model, store=store).report.is_warm
+    assert not compile_mixing(model, library=library, compile_sizes=[4]).report.is_warm
+    assert compile_mixing(model, library=library, compile_sizes=[4]).report.is_warm
+    assert compile_mixing(model, library=library).report.is_warm
 
 
-def plan_in(store: MemoryPieceStore) -> tuple[str, Plan]:
-    name = next(name for name in store._data if name.startswith("plan-"))
-    return name, Plan.from_json(store._data[name])
-
-
-def test_a_damaged_piece_is_not_run() -> None:
-    store = MemoryPieceStore()
-    compile_mixing(MixingModel(2), store=store)
-    _, plan = plan_in(store)
-    blob = next(iter(plan.pieces.values())).builds[0].sha256
-    store.put(blob, json.dumps({"code": "raise SystemExit"}).encode())
-    with pytest.raises(DamagedPieceError):
-        compile_mixing(MixingModel(2), store=store)
+def test_a_damaged_piece_is_not_run_but_built_again() -> None:
+    library = ArtifactLibrary.in_memory()
+    plan = compile_mixing(MixingModel(2), library=library).plan
+    assert plan is not None
+    blob = blob_name(next(iter(plan.pieces.values())).builds[0].sha256)
+    library.store.delete(blob)
+    library.store.put_if_absent(blob, json.dumps({"code": "raise SystemExit"}).encode())
+    again = compile_mixing(MixingModel(2), library=library)
+    assert not again.report.is_warm
+    torch.testing.assert_close(again(mixing_inputs()), MixingModel(2)(mixing_inputs()))
+    assert [mark.reason for mark in library.marks.quarantined()] == [Refusal.DAMAGED_BLOB]
+    assert compile_mixing(MixingModel(2), library=library).report.is_warm
 
 
 def transposed(model: MixingModel) -> MixingModel:
@@ -234,17 +245,35 @@ def transposed(model: MixingModel) -> MixingModel:
 
 
 def test_a_plan_for_other_weights_is_not_run() -> None:
-    store = MemoryPieceStore()
-    plan = compile_mixing(MixingModel(2), store=store).plan
+    library = ArtifactLibrary.in_memory()
+    plan = compile_mixing(MixingModel(2), library=library).plan
     assert plan is not None
     with pytest.raises(PlanMismatchError, match=r"layers\.1\.linear\.weight has stride \[1, 8\], not \[8, 1\]"):
-        PiecewiseModel(plan, weight_names(transposed(MixingModel(2))), store, "fx")
+        PiecewiseModel(PieceSet(plan, "fx", library), weight_names(transposed(MixingModel(2))))
 
 
-def test_other_weights_get_a_plan_of_their_own() -> None:
-    store = MemoryPieceStore()
-    compile_mixing(MixingModel(2), store=store)
+def test_a_bundle_for_other_weights_is_quarantined_and_built_once_more() -> None:
+    library = ArtifactLibrary.in_memory()
+    compile_mixing(MixingModel(2), library=library)
     model = transposed(MixingModel(2))
-    compiled = compile_mixing(model, store=store)
+    compiled = compile_mixing(model, library=library)
     assert not compiled.report.is_warm
     torch.testing.assert_close(compiled(mixing_inputs()), model(mixing_inputs()))
+    assert [mark.reason for mark in library.marks.quarantined()] == [Refusal.STRUCTURE]
+    with pytest.raises(BuildFailedError, match="was wrong twice"):
+        compile_mixing(MixingModel(2), library=library)
+
+
+def test_pieces_of_another_model_are_taken_over() -> None:
+    library = ArtifactLibrary.in_memory()
+    keys = [bundle_key(CONFIG, torch.device("cpu"), {"x_TE": 0}, graph={"layers": count}) for count in (2, 5)]
+    shallow, deep = (
+        compile_model(
+            MixingModel(count), CONFIG, {"x_TE": mixing_inputs()}, splitting_ops=MIXING_OPS, library=library, key=key
+        )
+        for count, key in zip((2, 5), keys, strict=True)
+    )
+    assert (shallow.counters.num_compiled, shallow.counters.num_shared) == (3, 0)
+    assert (deep.counters.num_compiled, deep.counters.num_shared) == (0, 3)
+    torch.testing.assert_close(deep(mixing_inputs()), MixingModel(5)(mixing_inputs()))
+    assert len(library.store.list("blobs/")) == 3 + 2 * 2  # pieces once, plans and what pieces give for each

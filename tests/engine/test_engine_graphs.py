@@ -124,13 +124,15 @@ def test_enforce_eager_wins(eager_tokens: list[list[int]]) -> None:
     assert (report.mode, report.mode_reason) == ("NONE", "enforce_eager turns graphs off")
 
 
-def test_a_second_start_captures_the_sizes_that_the_first_one_saw(tmp_path: Path) -> None:
+def test_a_second_start_captures_the_sizes_that_the_first_one_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compilation: dict[str, Any] = {
         "cudagraph_mode": "FULL_DECODE_ONLY",
         "cudagraph_capture_sizes": "auto",
         "cudagraph_num_auto_sizes": 3,
-        "compile_cache_dir": str(tmp_path),
     }
+    monkeypatch.setenv("WARMGRAPH_ARTIFACTS", str(tmp_path))
     first = make_llm(**compilation)
     report = first.engine.graph_report()
     assert report.capture_sizes == [1, 2, 4, 8, 16]
@@ -149,8 +151,8 @@ def test_a_second_start_captures_the_sizes_that_the_first_one_saw(tmp_path: Path
 
 
 def test_auto_without_a_place_to_remember_warns(caplog: pytest.LogCaptureFixture) -> None:
-    make_llm(cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes="auto")
-    assert "compile_cache_dir is not set" in caplog.text
+    make_llm(artifacts={"store": None}, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes="auto")
+    assert "artifacts.store is not set" in caplog.text
 
 
 def test_a_busy_engine_gets_the_graphs_that_its_batches_miss(

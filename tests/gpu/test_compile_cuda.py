@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from tests.paged import PagedSession
+from workers.artifacts.library import ArtifactLibrary
 from workers.attention.selector import make_backend
-from workers.compile import LocalPieceStore, PieceInfo, compile_model
-from workers.compile.model import ATTENTION_OPS
-from workers.config import CompilationConfig
+from workers.compile import PieceInfo, compile_model
+from workers.compile.key import ATTENTION_OPS
+from workers.config import ArtifactConfig, CompilationConfig
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.config import ModelConfig
 from workers.model.decoder import DecoderForCausalLM
@@ -58,15 +59,17 @@ import json, sys
 import torch
 from pathlib import Path
 from tests.gpu.test_compile_cuda import CUDA, batch, make_model, run
-from workers.compile import LocalPieceStore, compile_model
+from workers.artifacts.library import ArtifactLibrary
+from workers.compile import compile_model
 from workers.compile.counters import compiler_activity
-from workers.config import CompilationConfig
+from workers.config import ArtifactConfig, CompilationConfig
 
 folder, piece_format = Path(sys.argv[1]), sys.argv[2]
 with torch.inference_mode():
     model = make_model(folder)
     config = CompilationConfig(mode="VLLM_COMPILE", piece_format=piece_format)
-    compiled = compile_model(model, config, batch(8), store=LocalPieceStore(folder / "store"))
+    library = ArtifactLibrary.from_config(ArtifactConfig(), folder / "store")
+    compiled = compile_model(model, config, batch(8), library=library)
     out = run(compiled, 5)
 print(json.dumps({
     "is_warm": compiled.report.is_warm,
@@ -136,7 +139,7 @@ def compiled_model(
             CompilationConfig(**config),
             batch(8),
             splitting_ops=splitting_ops,
-            store=LocalPieceStore(folder / "store"),
+            library=ArtifactLibrary.from_config(ArtifactConfig(), folder / "store"),
             wrap_piece=wrap_piece,
         )
 

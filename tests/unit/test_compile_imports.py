@@ -10,7 +10,8 @@ def test_plans_and_stores_need_no_torch() -> None:
     code = """
 import sys
 import workers.compile
-from workers.compile import CompilationMode, LocalPieceStore, Plan
+from workers.compile import CompilationMode, Plan
+import workers.artifacts.library
 import workers.compile.shared_library
 assert "torch" not in sys.modules
 """

@@ -60,6 +60,7 @@ COMPILATION_FIELDS: Mapping[str, Section] = {
     "piece_format": _C,  # a bundle holds every format that was built
     "cudagraph_mode": _C,
     "cudagraph_capture_sizes": _C,
+    "cudagraph_num_auto_sizes": _C,
     "max_cudagraph_capture_size": _C,
     "cudagraph_first_sizes": _C,
     "cudagraph_memory_limit_bytes": _C,

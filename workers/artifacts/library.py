@@ -74,12 +74,14 @@ class Lookup:
     Attributes:
         bundle: Verified down to its manifests; None unless the outcome is HIT.
         explanation: On a miss, the nearest bundle, if it is known.
+        bad_blobs: Digests of what was built for this key and must not be used.
         seconds: What looking took.
     """
 
     outcome: Outcome
     bundle: Bundle | None = None
     explanation: Explanation | None = None
+    bad_blobs: frozenset[str] = frozenset()
     seconds: float = 0.0
 
     @property
@@ -148,17 +150,19 @@ class ArtifactLibrary:
         """Look for a bundle and verify its manifests; fetches no blob."""
         started = time.perf_counter()
         try:
-            outcome, bundle = self._open(key.digest)
-            explanation = None if bundle else self.explain(key)
+            lookup = self._open(key.digest)
+            if lookup.bundle is None:
+                lookup = dataclasses.replace(lookup, explanation=self.explain(key))
         except StoreError as error:
             logger.warning("artifact store: %s", error)
-            outcome, bundle, explanation = Outcome.UNAVAILABLE, None, None
-        self.counters.lookups[outcome.value] += 1
-        if bundle is not None:
+            lookup = Lookup(Outcome.UNAVAILABLE)
+        self.counters.lookups[lookup.outcome.value] += 1
+        if lookup.bundle is not None:
             self._note_use(key.digest)
-        elif explanation is not None:
-            self.counters.misses[explanation.label] += 1
-        return Lookup(outcome, bundle, explanation, time.perf_counter() - started)
+        elif lookup.explanation is not None:
+            self.counters.misses[lookup.explanation.label] += 1
+            logger.info("no bundle (%s): %s", lookup.outcome, lookup.explanation.sentence())
+        return dataclasses.replace(lookup, seconds=time.perf_counter() - started)
 
     def read(self, bundle: Bundle, entry: Entry) -> bytes:
         """The bytes of an entry, compared with its digest.
@@ -235,7 +239,7 @@ class ArtifactLibrary:
             for _, manifest in self._newest_manifests():
                 graph = manifest.factors["graph"]
                 if manifest.key != key.digest and {name: graph.get(name) for name in wanted} == wanted:
-                    bundle = self._open(manifest.key)[1]
+                    bundle = self._open(manifest.key).bundle
                     yield from ((bundle, entry) for entry in bundle.find(Kind.PIECE)) if bundle else ()
         except StoreError as error:
             logger.warning("artifact store: %s", error)
@@ -253,7 +257,7 @@ class ArtifactLibrary:
             except RefusedError as error:
                 yield item, error
 
-    def _open(self, key: str) -> tuple[Outcome, Bundle | None]:
+    def _open(self, key: str) -> Lookup:
         marks = {mark.manifest: mark for mark in self.marks.quarantined(key)}
         good: dict[str, Manifest] = {}
         num_refused = 0
@@ -268,15 +272,15 @@ class ArtifactLibrary:
             logger.warning("manifest %s is not used: %s", item.name, found)
             if found.reason in _OBJECTIVE:
                 self.marks.quarantine(key, [last_part(item.name)], found.reason, str(found), ())
-        bad_blobs = {blob for mark in marks.values() for blob in mark.blobs}
+        bad_blobs = frozenset(blob for mark in marks.values() for blob in mark.blobs)
         bundle = unite(good, is_trusted=self.trust.vouches, bad_blobs=bad_blobs)
         if bundle is not None and bundle.first(Kind.PLAN) is not None:
-            return Outcome.HIT, bundle
+            return Lookup(Outcome.HIT, bundle, bad_blobs=bad_blobs)
         if code_faults(marks.values()) >= MAX_CODE_FAULTS:
-            return Outcome.BLOCKED, None
+            return Lookup(Outcome.BLOCKED)
         if marks:
-            return Outcome.QUARANTINED, None
-        return (Outcome.REFUSED if num_refused else Outcome.ABSENT), None
+            return Lookup(Outcome.QUARANTINED, bad_blobs=bad_blobs)
+        return Lookup(Outcome.REFUSED if num_refused else Outcome.ABSENT)
 
     def _verified_manifest(self, item: StoredObject, key: str) -> Manifest:
         envelope = self.store.get(item.name, MAX_MANIFEST_BYTES)

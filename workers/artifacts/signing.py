@@ -189,6 +189,15 @@ def unseal(
     raise RefusedError(Refusal.UNKNOWN_SIGNER, f"It is signed by {names}, which is not trusted here.")
 
 
+def read_unverified(envelope: bytes) -> bytes:
+    """The payload of an envelope, whoever signed it. For bookkeeping only: nothing it says may be relied on.
+
+    Raises:
+        RefusedError: It is no envelope.
+    """
+    return _parse(envelope)[0]
+
+
 def _to_be_signed(payload: bytes, payload_type: str) -> bytes:
     """DSSE's pre-authentication encoding."""
     kind = payload_type.encode()

@@ -8,7 +8,7 @@ the library's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -127,7 +127,7 @@ class PieceCompilation:
         try:
             return self._build(piece_format or self._formats[-1])
         except CompileError as error:
-            if isinstance(error, UnlinkablePieceError):
+            if isinstance(error, UnlinkablePieceError | BuildFailedError):
                 self._remember(error)
                 raise BuildFailedError(str(error)) from error
             raise
@@ -152,7 +152,7 @@ class PieceCompilation:
             self._example_args,
             dynamic_arg_dims(self._model),
             splitting_ops=self._splitting_ops,
-            passes=standard_passes(self._config.pass_config),
+            passes=standard_passes(self._config.pass_config, self._splitting_ops),
             factors=self.key.graph,
         )
 
@@ -189,13 +189,15 @@ class PieceCompilation:
         if stored is not None:
             for key, record in split.plan.pieces.items():
                 record.builds = stored.pieces[key].builds if key in stored.pieces else []
-        self._take_over(pieces)
+        self._take_over(pieces, lookup.bad_blobs)
         builder = make_format(piece_format, options, size_options)
         self._counters.num_compiled += build_pieces(split, builder, pieces.blobs, self.sizes)
+        if not lookup.bad_blobs.isdisjoint(pieces.blobs):
+            raise BuildFailedError("What was built is, to the byte, what is in quarantine.")
         pieces.probes = {size: record_probes(split.graphs, size) for size in self.sizes}
         return pieces
 
-    def _take_over(self, pieces: PieceSet) -> None:
+    def _take_over(self, pieces: PieceSet, bad_blobs: Collection[str]) -> None:
         """Copy builds of equal pieces from bundles of other models."""
         wanted = {
             (key, pieces.piece_format, size)
@@ -207,13 +209,13 @@ class PieceCompilation:
             return
         for bundle, entry in self.library.find_builds(self.key, PIECE_SECTIONS):
             slot = (entry.name, entry.format, entry.size)
-            if slot in wanted:
+            if slot in wanted and entry.sha256 not in bad_blobs:
                 try:
                     pieces.blobs[entry.sha256] = self.library.read(bundle, entry)
                 except (RefusedError, StoreError):
                     continue
                 pieces.plan.pieces[entry.name].builds.append(build_of(entry))
-                wanted.remove(slot)  # type: ignore[arg-type]  # it is one of them
+                wanted.remove(slot)
                 self._counters.num_shared += 1
 
     def _remember(self, error: Exception) -> None:

@@ -48,16 +48,17 @@ def support_torch_compile(
     return decorate if cls is None else decorate(cls)
 
 
-def dynamic_arg_dims(model: nn.Module) -> dict[str, int]:
-    """The dynamic dimension of each tensor argument of ``model.forward``, in the order of its parameters.
+def dynamic_arg_dims(model: nn.Module | type[nn.Module]) -> dict[str, int]:
+    """The dynamic dimension of each tensor argument of a model's ``forward``, in the order of its parameters.
 
     Raises:
         CompileError: The class is not decorated.
     """
-    dims: dict[str, int] | None = getattr(type(model), _ATTRIBUTE, None)
+    cls = model if isinstance(model, type) else type(model)
+    dims: dict[str, int] | None = getattr(cls, _ATTRIBUTE, None)
     if dims is None:
         raise CompileError(
-            f"{type(model).__name__} does not declare its dynamic dimensions: decorate it with @support_torch_compile."
+            f"{cls.__name__} does not declare its dynamic dimensions: decorate it with @support_torch_compile."
         )
     return dict(dims)
 

@@ -52,7 +52,7 @@ def bundle_key(
         "sources": source_digests(),
         "dynamic_dims": dict(dims),
         "splitting_ops": list(splitting_ops),
-        "passes": standard_passes(config.pass_config).uuids(),
+        "passes": standard_passes(config.pass_config, splitting_ops).uuids(),
         "inductor": inductor_options(config),
         "inductor_for_sizes": config.inductor_compile_config_for_sizes,
     }

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 #: Tokens of the batch with which pieces for every size are tried.
 PROBE_TOKENS = 2
+
+#: Operations whose result is the memory of their first argument.
+_VIEWS = frozenset({"view", "reshape", "getitem", "unflatten", "flatten", "unsqueeze", "squeeze", "transpose"})
 
 _SEED = 20261125
 _NUM_SAMPLES = 16
@@ -57,10 +60,15 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Probe:
-    """A piece with one number of tokens; no outputs where running it alone is not possible."""
+    """A piece with one number of tokens.
+
+    Attributes:
+        outputs: None where running the piece alone is not possible. None for a result that the piece only allocates,
+            for an op after it to write to.
+    """
 
     inputs: tuple[Input, ...]
-    outputs: tuple[Output, ...] | None
+    outputs: tuple[Output | None, ...] | None
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
@@ -69,7 +77,7 @@ class Probe:
         outputs = fields["outputs"]
         if outputs is None:
             return cls(inputs, None)
-        return cls(inputs, tuple(Output(str(d), tuple(s), tuple(v), float(scale)) for d, s, v, scale in outputs))
+        return cls(inputs, tuple(None if output is None else _output(*output) for output in outputs))
 
 
 def record_probes(graphs: Mapping[str, fx.GraphModule], size: int | None) -> bytes:
@@ -110,6 +118,8 @@ def find_problem(expected: Probe, outputs: Sequence[torch.Tensor]) -> str | None
     if len(outputs) != len(expected.outputs):
         return f"{len(outputs)} results instead of {len(expected.outputs)}"
     for index, (want, tensor) in enumerate(zip(expected.outputs, outputs, strict=True)):
+        if want is None:
+            continue
         got = _describe(tensor)
         if (got.dtype, got.shape) != (want.dtype, want.shape):
             return f"result {index} is {got.dtype} {list(got.shape)} instead of {want.dtype} {list(want.shape)}"
@@ -132,17 +142,37 @@ def _record(graph: fx.GraphModule, size: int | None) -> Probe:
     return Probe(inputs, _run(graph, inputs, values[0].device))
 
 
-def _run(
-    call: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[Input], device: torch.device
-) -> tuple[Output, ...] | None:
+def _run(graph: fx.GraphModule, inputs: Sequence[Input], device: torch.device) -> tuple[Output | None, ...] | None:
+    results = graph.graph.output_node().args[0]
+    assert isinstance(results, tuple | list)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            outputs = tuple(_describe(tensor) for tensor in call(*make_inputs(inputs, device)))
+            tensors = graph(*make_inputs(inputs, device))
+            outputs = tuple(
+                None if _is_only_allocated(node) else _describe(tensor)
+                for node, tensor in zip(results, tensors, strict=True)
+            )
     except Exception as error:  # noqa: BLE001  # any operator may be in it
         # A piece may need what only a forward pass has; it is then only loaded when it is checked.
         logger.info("a piece cannot be run alone: %s", error)
         return None
-    return outputs if all(math.isfinite(output.scale) for output in outputs) else None
+    return outputs if all(output is None or math.isfinite(output.scale) for output in outputs) else None
+
+
+def _is_only_allocated(node: Any) -> bool:
+    """Whether a result is memory that nothing in the piece has written to, or a view of such."""
+    while isinstance(node, fx.Node) and node.op in ("call_function", "call_method"):
+        name = str(getattr(node.target, "__name__", node.target))
+        if name.startswith(("empty", "new_empty")):
+            return True
+        if name.rstrip("_") not in _VIEWS:
+            return False
+        node = node.args[0]
+    return False
+
+
+def _output(dtype: str, shape: Sequence[int], samples: Sequence[float], scale: float) -> Output:
+    return Output(dtype, tuple(shape), tuple(samples), scale)
 
 
 def _describe(tensor: torch.Tensor) -> Output:

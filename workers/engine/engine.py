@@ -16,11 +16,12 @@ from workers.checkpoint.resolve import resolve_model
 from workers.config import EngineConfig
 from workers.engine.output_processor import OutputProcessor
 from workers.engine.stats import EngineStats
-from workers.errors import ConfigError, InvalidRequestError, PromptTooLongError
+from workers.errors import InvalidRequestError, PromptTooLongError
 from workers.graphs import GraphReport, HistogramStore
 from workers.model.config import ModelConfig
 from workers.outputs import FinishReason, TokenChunk
 from workers.request import Request
+from workers.runner.device import resolve_max_model_len
 from workers.runner.model_runner import ModelRunner, PendingStep
 from workers.sampling_params import SamplingParams
 from workers.scheduler.output import SchedulerOutput
@@ -39,8 +40,8 @@ class Engine:
     Args:
         config: The engine's configuration.
         account: Where this start is written down; None begins an account here.
-        histogram_store: Where the batch sizes seen are kept, for ``cudagraph_capture_sizes: auto``; by default a file
-            in ``compile_cache_dir``.
+        histogram_store: Where the batch sizes seen are kept, for ``cudagraph_capture_sizes: auto``; by default with the
+            compiled artifacts.
 
     Raises:
         ModelError: The model cannot be found or is not supported.
@@ -57,7 +58,7 @@ class Engine:
         self._account = account = account or StartupAccount.of_process(config.model)
         folder = resolve_model(config.model)
         self.model_config = ModelConfig.from_folder(folder)
-        self.max_model_len = _max_model_len(config, self.model_config)
+        self.max_model_len = resolve_max_model_len(config.max_model_len, self.model_config)
         tokenizer_folder = resolve_model(config.tokenizer) if config.tokenizer else folder
         tokenizer = None
         if not config.skip_tokenizer_init:
@@ -248,15 +249,3 @@ class Engine:
             raise InvalidRequestError(
                 "Stop strings need a tokenizer, and this engine runs without one; use stop_token_ids.", param="stop"
             )
-
-
-def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
-    limit = model_config.max_position_embeddings
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} exceeds the {limit} positions the model was made for; lower it.",
-            param="max_model_len",
-        )
-    return config.max_model_len

@@ -239,14 +239,18 @@ class DecoderForCausalLM(nn.Module):
         return self.lm_head.logits(hidden_NE)
 
     def attention_spec(self, block_size: int) -> AttentionSpec:
-        """What an attention backend needs to know about this model."""
-        config = self.config
-        return AttentionSpec(
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
-            block_size=block_size,
-            dtype=self.dtype,
-            sliding_window=config.sliding_window,
-        )
+        """See :func:`attention_spec`."""
+        return attention_spec(self.config, self.dtype, block_size)
+
+
+def attention_spec(config: ModelConfig, dtype: torch.dtype, block_size: int) -> AttentionSpec:
+    """What an attention backend needs to know about a model."""
+    return AttentionSpec(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        scale=config.head_dim**-0.5,
+        block_size=block_size,
+        dtype=dtype,
+        sliding_window=config.sliding_window,
+    )

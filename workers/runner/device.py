@@ -1,4 +1,4 @@
-"""Which device and which dtype an engine uses."""
+"""Which device, dtype and context length an engine uses."""
 
 from __future__ import annotations
 
@@ -47,3 +47,20 @@ def resolve_dtype(name: str, model_config: ModelConfig, device: torch.device) ->
     if dtype is torch.float16 and device.type == "cpu":
         raise ConfigError("dtype float16 does not run on a CPU; use bfloat16 or float32.", param="dtype")
     return dtype
+
+
+def resolve_max_model_len(max_model_len: int | None, model_config: ModelConfig) -> int:
+    """None is the model's own.
+
+    Raises:
+        ConfigError: The model was not made for so many positions.
+    """
+    limit = model_config.max_position_embeddings
+    if max_model_len is None:
+        return limit
+    if max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len={max_model_len} exceeds the {limit} positions the model was made for; lower it.",
+            param="max_model_len",
+        )
+    return max_model_len

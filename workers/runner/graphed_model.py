@@ -14,16 +14,18 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from workers.artifacts.key import BundleKey
+from workers.artifacts.library import ArtifactLibrary
 from workers.attention.base import AttentionBackend, BatchGeometry
+from workers.checkpoint.cache import artifacts_root
+from workers.compile.errors import BuildFailedError
 from workers.compile.model import CompiledModel, compile_model
 from workers.compile.stitch import PieceInfo
-from workers.compile.store import LocalPieceStore
-from workers.config import CompilationConfig, EngineConfig
+from workers.config import EngineConfig
 from workers.graphs import (
     AttentionCGSupport,
     BatchDescriptor,
@@ -76,7 +78,9 @@ class GraphedModel:
         batch: Owner of the input buffers of any step; dummy batches for captures come from it.
         decode_batch: The same for pure decodes.
         sampler: Part of a decode step.
-        histogram_store: Where the batch sizes seen are kept; by default a file in ``compile_cache_dir``.
+        library: Where compiled pieces are looked for and published.
+        key: Of their bundle.
+        histogram_store: Where the batch sizes seen are kept; by default a file of this user's artifact folder.
     """
 
     def __init__(
@@ -88,22 +92,25 @@ class GraphedModel:
         batch: InputBatch,
         decode_batch: DecodeBatch,
         sampler: Sampler,
+        library: ArtifactLibrary,
+        key: BundleKey,
         histogram_store: HistogramStore | None = None,
     ) -> None:
         self._model = model
         self._attn_backend = backend
-        compile_mode = _compile_mode(config, backend.device)
         self._kv_caches = kv_caches
         self._batch = batch
         self._decode_batch = decode_batch
         self._graph_backend = make_graph_backend(backend.device)
-        self._resolution = _resolve(config, compile_mode, backend, self._graph_backend.freezes_context)
         compilation = config.compilation_config
         self._counters = GraphCounters()
+        self._checks_inputs = compilation.debug_graph_inputs
+        self.compiled = self._compile(config, library, key)
+        self._resolution = _resolve(config, self.compiled.mode, backend, self._graph_backend.freezes_context)
         sizes: list[int] = []
         self._traffic, self._sizes_from = Traffic(), "graphs are off"
         if self._resolution.mode is not _NO_GRAPH:
-            self._traffic = Traffic(histogram_store or _file_store(compilation, model))
+            self._traffic = Traffic(histogram_store or _file_store(config, model))
             sizes, self._sizes_from = _capture_sizes(config, self._traffic)
         self._dispatcher = GraphDispatcher(
             self._resolution.mode,
@@ -128,9 +135,7 @@ class GraphedModel:
             counters=self._counters,
         )
         self._pacer = CapturePacer(on_wait=self._counters.record_busy_capture)
-        self._checks_inputs = compilation.debug_graph_inputs
-        self.compiled = self._compile(config)
-        is_plain = compile_mode is CompilationMode.NONE and not config.enforce_eager
+        is_plain = self.compiled.mode is CompilationMode.NONE and not config.enforce_eager
         self._run_model = (
             CpuModel(self.compiled, backend, kv_caches) if is_plain and backend.device.type == "cpu" else self.compiled
         )
@@ -202,21 +207,27 @@ class GraphedModel:
             sizes_from=self._sizes_from,
         )
 
-    def _compile(self, config: EngineConfig) -> CompiledModel:
-        compilation = config.compilation_config
+    def _compile(self, config: EngineConfig, library: ArtifactLibrary, key: BundleKey) -> CompiledModel:
+        """The model compiled, or as it is if the compiler fails."""
         example = self._batch.prepare_dummy(num_tokens=2, num_reqs=1, max_query_len=2)
-        has_pieces = self._resolution.mode.has_piecewise()
-        cache_dir = compilation.compile_cache_dir
-        compiled = compile_model(
-            self._model,
-            compilation,
-            {"input_ids_T": example.input_ids_T, "positions_T": example.positions_T},
-            enforce_eager=config.enforce_eager,
-            splitting_ops=self._attn_backend.splitting_ops,
-            wrap_piece=self._wrap_piece if has_pieces else None,
-            store=LocalPieceStore(Path(cache_dir).expanduser()) if cache_dir else None,
-            factors=dataclasses.asdict(self._model.config) | {"dtype": str(self._model.dtype)},
-        )
+        example_args = {"input_ids_T": example.input_ids_T, "positions_T": example.positions_T}
+        compilation, compile_mode = config.compilation_config, _compile_mode(config, self._attn_backend.device)
+        wanted = _resolve(config, compile_mode, self._attn_backend, self._graph_backend.freezes_context, warns=False)
+        wrap_piece = self._wrap_piece if wanted.mode.has_piecewise() else None
+        try:
+            compiled = compile_model(
+                self._model,
+                compilation,
+                example_args,
+                enforce_eager=config.enforce_eager,
+                splitting_ops=self._attn_backend.splitting_ops,
+                wrap_piece=wrap_piece,
+                library=library,
+                key=key,
+            )
+        except BuildFailedError as error:
+            logger.error("the model runs eagerly: %s", error)
+            return compile_model(self._model, compilation, example_args, enforce_eager=True)
         if compiled.mode is not CompilationMode.NONE:
             logger.info("compiled: %s", compiled.report)
         return compiled
@@ -287,19 +298,24 @@ def _capture_sizes(config: EngineConfig, traffic: Traffic) -> tuple[list[int], s
     return sizes, "the default grid" if compilation.cudagraph_capture_sizes is None else "the config"
 
 
-def _file_store(compilation: CompilationConfig, model: DecoderForCausalLM) -> HistogramStore | None:
+def _file_store(config: EngineConfig, model: DecoderForCausalLM) -> HistogramStore | None:
     """A file per model shape: batch sizes depend on the traffic, and traffic goes to a model."""
-    if compilation.compile_cache_dir is None:
-        if compilation.cudagraph_capture_sizes == "auto":
-            logger.warning("cudagraph_capture_sizes auto forgets what it learns: compile_cache_dir is not set")
+    if config.artifacts.store is None:
+        if config.compilation_config.cudagraph_capture_sizes == "auto":
+            logger.warning("cudagraph_capture_sizes auto forgets what it learns: artifacts.store is not set")
         return None
     shape = json.dumps(dataclasses.asdict(model.config), sort_keys=True, default=str)
     name = f"batches-{hashlib.sha256(shape.encode()).hexdigest()[:16]}.json"
-    return FileHistogramStore(Path(compilation.compile_cache_dir).expanduser() / name)
+    return FileHistogramStore(artifacts_root() / "traffic" / name)
 
 
 def _resolve(
-    config: EngineConfig, compile_mode: CompilationMode, backend: AttentionBackend, freezes_context: bool
+    config: EngineConfig,
+    compile_mode: CompilationMode,
+    backend: AttentionBackend,
+    freezes_context: bool,
+    *,
+    warns: bool = True,
 ) -> ModeResolution:
     """The mode that runs. Only a mode that the user asked for is worth a warning when it cannot be had."""
     support = backend.cudagraph_support if freezes_context else AttentionCGSupport.ALWAYS
@@ -313,6 +329,6 @@ def _resolve(
     resolution = resolve_mode_with_reason(
         requested, compile_mode, support, attention_is_split=compile_mode is CompilationMode.VLLM_COMPILE
     )
-    if resolution.reason is not None:
+    if resolution.reason is not None and warns:
         logger.log(logging.INFO if is_default else logging.WARNING, "%s", resolution.reason)
     return resolution

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from workers.artifacts.library import ArtifactLibrary
 from workers.attention.selector import make_backend
 from workers.config import EngineConfig
 from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, HistogramStore
@@ -23,6 +24,7 @@ from workers.modes import CompilationMode
 from workers.outputs import PositionLogprobs
 from workers.request import Request
 from workers.runner import kv_cache
+from workers.runner.artifacts import engine_key
 from workers.runner.buffers import HostCopies
 from workers.runner.decode_batch import DecodeBatch
 from workers.runner.device import resolve_device, resolve_dtype
@@ -99,10 +101,12 @@ class ModelRunner:
         folder: Its checkpoint.
         max_model_len: Longest context.
         account: Where this start is written down.
-        histogram_store: Where the batch sizes seen are kept; by default a file in ``compile_cache_dir``.
+        histogram_store: Where the batch sizes seen are kept; by default with the artifacts.
 
     Attributes:
         device: Where everything runs.
+        library: Where compiled artifacts come from and go to.
+        bundle_key: Of this engine's.
         num_blocks: KV blocks allocated.
         pipeline_depth: Steps that may be in flight: 2 where the device works while the CPU schedules, else 1.
 
@@ -124,6 +128,7 @@ class ModelRunner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
+        self.library = ArtifactLibrary.from_config(config.artifacts)
         with account.phase("device"):
             self.device = resolve_device(config.device)
             torch.empty(1, device=self.device)  # brings the device up
@@ -152,6 +157,9 @@ class ModelRunner:
             )
             phase.num_bytes = sum(cache.nbytes for cache in self._kv_caches)
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
+        self.bundle_key = engine_key(
+            config, model_config, dtype=dtype, device=self.device, max_model_len=max_model_len, backend=self.backend
+        )
         with account.phase("compile"):
             self._graphs = GraphedModel(
                 config,
@@ -161,6 +169,8 @@ class ModelRunner:
                 self._batch,
                 self._decode_batch,
                 self._sampler,
+                self.library,
+                self.bundle_key,
                 histogram_store,
             )
         with account.phase("capture"):
