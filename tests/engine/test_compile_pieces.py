@@ -276,4 +276,4 @@ def test_pieces_of_another_model_are_taken_over() -> None:
     assert (shallow.counters.num_compiled, shallow.counters.num_shared) == (3, 0)
     assert (deep.counters.num_compiled, deep.counters.num_shared) == (0, 3)
     torch.testing.assert_close(deep(mixing_inputs()), MixingModel(5)(mixing_inputs()))
-    assert len(library.store.list("blobs/")) == 3 + 2 * 2  # pieces once, plans and what pieces give for each
+    assert len(library.store.list("blobs/")) == 3 + 1 + 2  # pieces and what they give are shared, plans are not

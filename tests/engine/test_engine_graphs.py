@@ -25,7 +25,7 @@ PARAMS = [
 ]
 
 
-def make_llm(**compilation: Any) -> LLM:
+def make_llm(artifacts: dict[str, Any] | None = None, **compilation: Any) -> LLM:
     return LLM(
         str(tiny_checkpoint("llama")),
         dtype="float32",
@@ -36,6 +36,7 @@ def make_llm(**compilation: Any) -> LLM:
         skip_tokenizer_init=True,
         attention_backend="sdpa",
         compilation_config=compilation,
+        artifacts=artifacts or {},
     )
 
 
@@ -151,7 +152,7 @@ def test_a_second_start_captures_the_sizes_that_the_first_one_saw(
 
 
 def test_auto_without_a_place_to_remember_warns(caplog: pytest.LogCaptureFixture) -> None:
-    make_llm(artifacts={"store": None}, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes="auto")
+    make_llm({"store": None}, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes="auto")
     assert "artifacts.store is not set" in caplog.text
 
 
