@@ -178,13 +178,12 @@ def attribute(cells: Sequence[AblationCell], batch: int) -> Attribution:
 
 @contextmanager
 def _piece_cache(config: EngineConfig) -> Iterator[EngineConfig]:
-    """The config with a folder for compiled pieces, so that the variants share what the first one compiles."""
-    if config.compilation_config.compile_cache_dir is not None:
+    """The config with a store for compiled pieces, so that the variants share what the first one compiles."""
+    if config.artifacts.store is not None:
         yield config
         return
     with tempfile.TemporaryDirectory(prefix="warmgraph-pieces-") as folder:
-        compilation = config.compilation_config.model_copy(update={"compile_cache_dir": folder})
-        yield config.model_copy(update={"compilation_config": compilation})
+        yield config.model_copy(update={"artifacts": config.artifacts.model_copy(update={"store": folder})})
 
 
 def _notes(variant: Variant, report: GraphReport) -> list[str]:

@@ -116,7 +116,6 @@ class ModelHarness:
                 config,
                 {"input_ids_T": example, "positions_T": example.clone()},
                 wrap_piece=wrap_piece,
-                factors=dataclasses.asdict(self.model.config) | {"dtype": str(self.model.dtype)},
             )
 
     def decode_logits(self, forward: Forward) -> Forward:

@@ -19,12 +19,12 @@ from workers.analysis.costs import describe_device
 from workers.analysis.harness import Chunk, Forward, ModelHarness
 from workers.analysis.launches import LaunchCounts, Segment, count_launches
 from workers.analysis.profile import WorkProfile, profile_work
-from workers.compile.compiler import SplitModel
+from workers.compile.compiler import SplitModel, split_model
 from workers.compile.composites import lower
-from workers.compile.model import ATTENTION_OPS, PieceCompilation
-from workers.compile.passes.standard import standard_passes
+from workers.compile.decorator import dynamic_arg_dims
+from workers.compile.key import ATTENTION_OPS
+from workers.compile.passes.manager import PassManager
 from workers.compile.plan import PieceStep
-from workers.compile.store import MemoryPieceStore
 from workers.config import EngineConfig
 from workers.graphs import (
     AttentionCGSupport,
@@ -189,12 +189,10 @@ def _launched(profiled: WorkProfile, replays: float, mode: CUDAGraphMode, device
 
 def _split(harness: ModelHarness) -> SplitModel:
     """The model as it is written: no pass rewrites it."""
-    compilation = harness.config.compilation_config
-    no_passes = dict.fromkeys(standard_passes({}).uuids(), False)
     ids = torch.zeros(2, dtype=torch.int64, device=harness.device)
     example = {"input_ids_T": ids, "positions_T": ids.clone()}
-    changed = compilation.model_copy(update={"pass_config": no_passes})
-    return PieceCompilation(harness.model, changed, example, ATTENTION_OPS, MemoryPieceStore(), {}).split()
+    dims = dynamic_arg_dims(harness.model)
+    return split_model(harness.model, example, dims, splitting_ops=ATTENTION_OPS, passes=PassManager([]), factors={})
 
 
 def _segments(split: SplitModel, *, on_cuda: bool) -> Iterator[Segment]:
