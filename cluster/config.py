@@ -55,6 +55,8 @@ class ReplicaConfig(_Section):
         heartbeat_timeout_s: A replica that an ingress has not heard of for this long is lost: its streams go on
             elsewhere.
         graceful_shutdown_timeout_s: How long a stopping replica may finish what it runs.
+        keep_spare: Keep a process with torch imported on every node that runs an engine, so that the next replica
+            there, or one that takes its place, pays no imports.
     """
 
     num_replicas: int = pydantic.Field(default=1, ge=1)
@@ -67,6 +69,7 @@ class ReplicaConfig(_Section):
     step_timeout_s: float = pydantic.Field(default=60.0, gt=0)
     heartbeat_timeout_s: float = pydantic.Field(default=10.0, gt=0)
     graceful_shutdown_timeout_s: float = pydantic.Field(default=20.0, ge=0)
+    keep_spare: bool = True
 
 
 class RoutingConfig(_Section):

@@ -12,6 +12,7 @@ import os
 #: - KINETO_LOG_LEVEL: torch's profiler otherwise writes two lines to standard error each time it is used.
 #: - RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP: the ingress is asynchronous anyway; one loop saves a thread hop per message.
 #: - RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE, RAY_SERVE_LOG_TO_STDERR: request logs are buffered and kept in files.
+#: - RAY_preload_python_modules: a spare process for the next replica (cluster/serving/spare.py).
 #: - RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS: an engine that hangs will not finish anything, and its device is needed.
 _PROCESS_DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -20,6 +21,7 @@ _PROCESS_DEFAULTS = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    "RAY_preload_python_modules": "cluster.serving.preload",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",

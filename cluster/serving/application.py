@@ -71,5 +71,6 @@ def _engine(model: ModelDeployment) -> Application:
         replicas.max_queued_requests,
         replicas.step_timeout_s,
         replicas.heartbeat_timeout_s / SILENT_TICKS,
+        replicas.keep_spare,
     )
     return application

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from cluster.config import DeploymentConfig
@@ -48,14 +49,33 @@ def running_deployment(config: DeploymentConfig, on_phase: PhaseListener) -> Ite
 
     try:
         on_phase("starting Serve")
-        serve.start(http_options={"host": config.http.host, "port": config.http.port}, logging_config=_quiet())
+        proxy = _begin_serve(config)
         on_phase("starting replicas")
         serve.run(build(config.to_dict()), name=config.name, route_prefix="/", logging_config=_quiet())
+        proxy.result()
         yield f"http://{config.http.host}:{config.http.port}"
     finally:
         on_phase("stopping")
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own gap
         ray.shutdown()
+
+
+def _begin_serve(config: DeploymentConfig) -> Future[Any]:
+    """Start Serve; returns once its controller is there. Replicas can start while the proxy still does."""
+    import ray
+    from ray import serve
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    executor = ThreadPoolExecutor(1)
+    http_options = {"host": config.http.host, "port": config.http.port}
+    started = executor.submit(serve.start, http_options=http_options, logging_config=_quiet())
+    executor.shutdown(wait=False)
+    while not started.done():
+        with contextlib.suppress(ValueError):  # it is not there yet
+            ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+            break
+        time.sleep(0.02)
+    return started
 
 
 def wait_for_signal() -> None:

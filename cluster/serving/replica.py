@@ -14,6 +14,7 @@ from typing import Any
 from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
 from cluster.serving.outbox import Outbox
+from cluster.serving.spare import keep_spare
 from workers.config import EngineConfig
 from workers.engine.start import start_engine
 from workers.engine.stats import EngineStats
@@ -34,12 +35,18 @@ class EngineReplica:
         max_queued_requests: Requests that may wait here before a submission is refused.
         step_timeout_s: An engine that is at one step for longer than this hangs, and the replica must be replaced.
         heartbeat_s: Pause after which an ingress hears that the replica lives, in seconds.
+        keeps_spare: Whether a process for the next replica is kept on this node.
 
     Every public coroutine takes ``replica_id``, which ``PinnedRouter`` reads on the way here.
     """
 
     def __init__(
-        self, engine: dict[str, Any], max_queued_requests: int, step_timeout_s: float, heartbeat_s: float
+        self,
+        engine: dict[str, Any],
+        max_queued_requests: int,
+        step_timeout_s: float,
+        heartbeat_s: float,
+        keeps_spare: bool = False,
     ) -> None:
         account = StartupAccount()
         self._config = EngineConfig.create(**engine)
@@ -57,6 +64,8 @@ class EngineReplica:
         self._max_num_seqs = self._config.max_num_seqs
         self._stats = self._engine.stats()
         self._state = self._make_state(self._stats)
+        if keeps_spare:
+            keep_spare()
 
     async def submit(self, client_id: str, request: GenerateRequest, replica_id: str | None = None) -> SubmitReply:
         """Queue a request whose tokens go to ``client_id``'s step stream, which must be open."""

@@ -1,0 +1,18 @@
+"""Imported by every Ray worker when it starts: the engine's modules, where a spare process was asked for.
+
+Ray imports it because of RAY_preload_python_modules. While a deployment starts, its controller, proxy and ingress have
+no use for torch; once an engine runs on a node, what starts next there is most likely another one.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from cluster.serving.spare import wants_spare
+
+#: What a replica imports: Serve's side of it, and the engine.
+_MODULES = ("ray.serve._private.replica", "cluster.serving.replica", "workers.engine.engine")
+
+if wants_spare():
+    for _module in _MODULES:
+        importlib.import_module(_module)

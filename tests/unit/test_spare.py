@@ -1,0 +1,50 @@
+"""The spare process: asked for once per node, seen by what its siblings are called."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.serving import spare
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What Ray was asked, with the flag in a folder of the test."""
+    calls: list[str] = []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(spare, "_want_and_give_up", lambda: calls.append("asked"))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("siblings", "count"),
+    [
+        (["ray::ServeReplica:app:engine-m", "raylet"], 1),
+        (["ray::ServeReplica:app:engine-m", "ray::IDLE"], 0),
+        (["python /x/ray/_private/workers/default_worker.py --node-ip-address=1"], 0),
+    ],
+)
+def test_a_node_gets_one_spare(
+    siblings: list[str], count: int, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spare, "_command_lines", lambda: siblings)
+    assert not spare.wants_spare()
+    spare._ask_for_spare()
+    assert len(asked) == count
+    assert spare.wants_spare(), "workers that start from now on prepare"
+
+
+def test_a_node_without_a_spare_only_starts_more_slowly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    caplog.set_level("ERROR", "ray.serve")
+    spare._ask_for_spare()
+
+
+def test_siblings_are_the_children_of_the_parent() -> None:
+    assert any("pytest" in line or "python" in line for line in spare._command_lines())
+    assert os.getppid() > 0
