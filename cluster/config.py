@@ -46,7 +46,11 @@ class ReplicaConfig(_Section):
         num_replicas: Engines, each in a process of its own.
         num_cpus: CPUs that Ray reserves for each.
         num_gpus: GPUs that Ray reserves for each; a fraction shares a device.
-        max_queued_requests: Requests that may wait in one replica; beyond it the answer is 429.
+        max_queued_requests: Requests that may wait for each replica; beyond it the answer is 429. They wait at the
+            ingress, in fair order among API keys.
+        max_queued_tokens: The same in tokens, prompt and output, at each ingress; None sets no bound.
+        engine_backlog: Requests that may wait inside the engine beyond its batch, so that a place that becomes free
+            is taken in the next step; None takes an eighth of ``max_num_seqs``.
         start_timeout_s: Longest time a request waits for a first replica to become ready.
         health_check_period_s: How often Serve asks a replica whether its engine lives; the third failure in a row
             replaces it.
@@ -63,6 +67,8 @@ class ReplicaConfig(_Section):
     num_cpus: float = pydantic.Field(default=1.0, ge=0)
     num_gpus: float = pydantic.Field(default=0.0, ge=0)
     max_queued_requests: int = pydantic.Field(default=256, ge=1)
+    max_queued_tokens: int | None = pydantic.Field(default=None, ge=1)
+    engine_backlog: int | None = pydantic.Field(default=None, ge=0)
     start_timeout_s: float = pydantic.Field(default=60.0, gt=0)
     health_check_period_s: float = pydantic.Field(default=2.0, gt=0)
     health_check_timeout_s: float = pydantic.Field(default=10.0, gt=0)
@@ -70,6 +76,29 @@ class ReplicaConfig(_Section):
     heartbeat_timeout_s: float = pydantic.Field(default=10.0, gt=0)
     graceful_shutdown_timeout_s: float = pydantic.Field(default=20.0, ge=0)
     keep_spare: bool = True
+
+
+class AdmissionConfig(_Section):
+    """Who is let in, and for how long.
+
+    Attributes:
+        api_keys_file: YAML file of API keys with their limits (docs/routing.md), on the ingress' node.
+        api_keys_env: Environment variable of the ingress that holds ``name:key`` pairs, separated by commas. Without
+            file and variable everybody is let in.
+        request_timeout_s: Deadline of requests without the header X-Request-Timeout; None sets none.
+        max_request_timeout_s: Longest deadline that a request may have; None sets no bound.
+    """
+
+    api_keys_file: str | None = None
+    api_keys_env: str | None = pydantic.Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    request_timeout_s: float | None = pydantic.Field(default=None, gt=0)
+    max_request_timeout_s: float | None = pydantic.Field(default=None, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _keys_have_one_source(self) -> Self:
+        if self.api_keys_file is not None and self.api_keys_env is not None:
+            raise ValueError("give either api_keys_file or api_keys_env")
+        return self
 
 
 class RoutingConfig(_Section):
@@ -114,11 +143,13 @@ class DeploymentConfig(_Section):
         name: Name of the Serve application.
         models: Models served; the API picks one by a request's ``model``.
         http: The API's address and limits.
+        admission: API keys and deadlines.
     """
 
     name: str = pydantic.Field(default="warmgraph", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     models: list[ModelDeployment] = pydantic.Field(min_length=1)
     http: HttpConfig = HttpConfig()
+    admission: AdmissionConfig = AdmissionConfig()
 
     @pydantic.model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -136,7 +167,9 @@ class DeploymentConfig(_Section):
             ConfigError: One sentence per problem.
         """
         if not isinstance(data, dict):
-            raise ConfigError("The config must be a mapping with the keys 'models' and, optionally, 'name', 'http'.")
+            raise ConfigError(
+                "The config must be a mapping with the keys 'models' and, optionally, 'name', 'http', 'admission'."
+            )
         try:
             return cls.model_validate(data)
         except pydantic.ValidationError as error:

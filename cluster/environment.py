@@ -38,6 +38,11 @@ def apply_process_environment() -> None:
     os.environ.update(process_environment())
 
 
+def api_keys(variable: str) -> str | None:
+    """API keys as text, from the variable that the config names; None if it is not set."""
+    return os.environ.get(variable)
+
+
 def ray_temp_dir() -> str | None:
     """Where Ray puts its sockets and logs (``WARMGRAPH_RAY_TEMP_DIR``), or None for Ray's own choice."""
     return os.environ.get("WARMGRAPH_RAY_TEMP_DIR")

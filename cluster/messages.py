@@ -31,6 +31,8 @@ class GenerateRequest:
             are not produced again, and sampling goes on after them.
         attempt: How many replicas were lost under this request. One that was lost goes ahead of newcomers and is
             taken beyond the queue's bound: its client has waited already.
+        key_name: Whose API key it came with; "" without keys. Keys share the queue fairly.
+        weight: The key's share.
     """
 
     request_id: str
@@ -38,6 +40,8 @@ class GenerateRequest:
     params: SamplingParams
     resume_token_ids: tuple[int, ...] = ()
     attempt: int = 0
+    key_name: str = ""
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

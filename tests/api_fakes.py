@@ -12,6 +12,7 @@ import httpx
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
+from cluster.admission.admission import Admission
 from cluster.api.app import create_app
 from cluster.api.metrics import HttpMetrics
 from cluster.api.settings import ApiSettings
@@ -191,11 +192,19 @@ class Api:
         return self.registry.get_sample_value(name, labels)
 
 
-def make_api(script: Script | None = None, *, settings: ApiSettings | None = None, **client_fields: Any) -> Api:
+def make_api(
+    script: Script | None = None,
+    *,
+    settings: ApiSettings | None = None,
+    admission: Admission | None = None,
+    **client_fields: Any,
+) -> Api:
     """An application with one fake model called ``fake``."""
     model = FakeClient(script or answer("Hello", " world"), **client_fields)
     registry = CollectorRegistry()
-    return Api(model, create_app(FakeDirectory([model]), HttpMetrics(registry), settings), registry)
+    return Api(
+        model, create_app(FakeDirectory([model]), HttpMetrics(registry), settings, admission=admission), registry
+    )
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
+from cluster.config import ReplicaConfig
 from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitReply
 from cluster.routing import running_replicas
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
@@ -40,6 +41,8 @@ class FakeReplica:
 
     Attributes:
         max_queued: Requests that it takes at most.
+        max_num_seqs: What it reports.
+        most_running: Most requests that it had at once.
         poison: Requests of which it dies when a step includes them.
         received: Every request it was sent.
         aborted: Ids of requests that were aborted.
@@ -48,6 +51,8 @@ class FakeReplica:
     def __init__(self, replica_id: str, poison: Callable[[GenerateRequest, int], bool]) -> None:
         self.replica_id = replica_id
         self.max_queued = 1000
+        self.max_num_seqs = 100
+        self.most_running = 0
         self.poison = poison
         self.received: list[GenerateRequest] = []
         self.aborted: list[str] = []
@@ -60,7 +65,7 @@ class FakeReplica:
     def state(self) -> ReplicaState:
         num_running = len(self.running)
         return replica_state(
-            num_running=num_running, outstanding_tokens=num_running, max_num_seqs=100, step=self.num_steps
+            num_running=num_running, outstanding_tokens=num_running, max_num_seqs=self.max_num_seqs, step=self.num_steps
         )
 
     def die(self) -> None:
@@ -77,6 +82,7 @@ class FakeReplica:
         if len(self.running) >= self.max_queued and not request.attempt:
             return SubmitReply(False, retry_after_s=2.0)
         self.running[request.request_id] = (request, client_id, len(request.resume_token_ids))
+        self.most_running = max(self.most_running, len(self.running))
         return SubmitReply(True)
 
     async def abort(self, request_ids: list[str]) -> None:
@@ -177,11 +183,12 @@ class _Steps:
 class FakeCluster:
     """A fleet over fake replicas, and what Serve does to them."""
 
-    def __init__(self, policy: Callable[..., str], start_timeout_s: float = 2.0) -> None:
+    def __init__(self, policy: Callable[..., str], **replicas: Any) -> None:
         self.handle = FakeHandle()
         self.poison: Callable[[GenerateRequest, int], bool] = lambda request, position: False
         self.num_started = 0
-        self.fleet = Fleet(self.handle, policy, start_timeout_s, HEARTBEAT_TIMEOUT_S)  # type: ignore[arg-type]  # a fake
+        config = ReplicaConfig(**{"start_timeout_s": 2.0, "heartbeat_timeout_s": HEARTBEAT_TIMEOUT_S, **replicas})
+        self.fleet = Fleet(self.handle, policy, config)  # type: ignore[arg-type]  # a fake
         self.fleet.start()
 
     @property

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cluster.admission.admission import Admission
 from cluster.api import openapi
 from cluster.api.chat import create_chat_completion
 from cluster.api.client import ModelClient, ModelDirectory
@@ -43,7 +44,7 @@ from workers.errors import WarmgraphError
 #: Returns the metrics of the whole cluster as text, and its content type.
 MetricsExporter = Callable[[], Awaitable[tuple[bytes, str]]]
 
-_GENERATION_ERRORS = (400, 404, 413, 415, 429, 500, 503)
+_GENERATION_ERRORS = (400, 401, 404, 413, 415, 429, 500, 503, 504)
 
 
 def create_app(
@@ -51,6 +52,7 @@ def create_app(
     metrics: HttpMetrics,
     settings: ApiSettings | None = None,
     export_metrics: MetricsExporter | None = None,
+    admission: Admission | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -59,9 +61,10 @@ def create_app(
         metrics: Where requests are counted.
         settings: Limits; the defaults if None.
         export_metrics: What GET /metrics answers; by default the registry of ``metrics`` alone.
+        admission: Who is let in; by default everybody.
     """
     settings = settings or ApiSettings()
-    context = ApiContext(directory, settings, metrics, PromptReader(settings))
+    context = ApiContext(directory, settings, metrics, PromptReader(settings), admission or Admission())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -73,7 +76,7 @@ def create_app(
     app.add_exception_handler(WarmgraphError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_unknown_url)
     _add_generation_routes(app, context)
-    _add_model_routes(app, directory)
+    _add_model_routes(app, context)
     _add_operator_routes(app, directory, export_metrics or metrics.export)
     return app
 
@@ -107,17 +110,19 @@ def _add_generation_routes(app: FastAPI, context: ApiContext) -> None:
         return await create_chat_completion(context, request)
 
 
-def _add_model_routes(app: FastAPI, directory: ModelDirectory) -> None:
-    @app.get("/v1/models", tags=["OpenAI"], responses=openapi.responses(ModelList))
-    async def models() -> Response:
+def _add_model_routes(app: FastAPI, context: ApiContext) -> None:
+    @app.get("/v1/models", tags=["OpenAI"], responses=openapi.responses(ModelList, errors=(401,)))
+    async def models(request: Request) -> Response:
         """List the served models."""
-        cards = [_card(client) for client in directory.models()]
+        context.admission.authenticate(request.headers.get("authorization"))
+        cards = [_card(client) for client in context.directory.models()]
         return JSONResponse(ModelList(data=cards).model_dump())
 
-    @app.get("/v1/models/{model:path}", tags=["OpenAI"], responses=openapi.responses(ModelCard, errors=(404,)))
-    async def model(model: str) -> Response:
+    @app.get("/v1/models/{model:path}", tags=["OpenAI"], responses=openapi.responses(ModelCard, errors=(401, 404)))
+    async def model(request: Request, model: str) -> Response:
         """Describe one served model."""
-        return JSONResponse(_card(directory.lookup(model)).model_dump())
+        context.admission.authenticate(request.headers.get("authorization"))
+        return JSONResponse(_card(context.directory.lookup(model)).model_dump())
 
 
 def _add_operator_routes(app: FastAPI, directory: ModelDirectory, export_metrics: MetricsExporter) -> None:

@@ -30,13 +30,14 @@ async def create_chat_completion(context: ApiContext, http_request: Request) -> 
         WarmgraphError: Anything that is answered with an error status.
     """
     arrival = Arrival.now("chatcmpl")
+    caller = context.admit(http_request)
     body = await read_json_body(http_request, context.settings.max_body_bytes)
     request = parse_request(ChatCompletionRequest, body)
     client = context.directory.lookup(request.model)
     check_top_logprobs(request.top_logprobs, "top_logprobs")
     context.check_num_choices(1, request.n)
     prompt = await context.prompts.read_chat(request, client)
-    generation = start_generation(context, client, arrival, [prompt], [_params(request, client, prompt)])
+    generation = start_generation(context, client, arrival, caller, [prompt], [_params(request, client, prompt)])
     if request.stream:
         head = {
             "id": arrival.id,

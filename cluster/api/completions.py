@@ -28,6 +28,7 @@ async def create_completion(context: ApiContext, http_request: Request) -> Respo
         WarmgraphError: Anything that is answered with an error status.
     """
     arrival = Arrival.now("cmpl")
+    caller = context.admit(http_request)
     body = await read_json_body(http_request, context.settings.max_body_bytes)
     request = parse_request(CompletionRequest, body)
     client = context.directory.lookup(request.model)
@@ -36,7 +37,8 @@ async def create_completion(context: ApiContext, http_request: Request) -> Respo
     context.check_num_choices(len(request.prompt) if several else 1, request.n)
     prompts = await context.prompts.read_completion(request, client)
     params = [_params(request, client, prompt) for prompt in prompts]
-    generation = start_generation(context, client, arrival, prompts, params, discard_output=request.max_tokens == 0)
+    is_scoring = request.max_tokens == 0
+    generation = start_generation(context, client, arrival, caller, prompts, params, discard_output=is_scoring)
     choices = _ChoiceWriter(request, client, prompts)
     head = {
         "id": arrival.id,

@@ -7,6 +7,10 @@ import time
 import uuid
 from collections.abc import Sequence
 
+from starlette.requests import Request
+
+from cluster.admission.admission import Admission, Caller
+from cluster.admission.deadline import TIMEOUT_HEADER
 from cluster.api.client import ModelClient, ModelDirectory
 from cluster.api.generation import Generation
 from cluster.api.metrics import HttpMetrics
@@ -25,6 +29,12 @@ class ApiContext:
     settings: ApiSettings
     metrics: HttpMetrics
     prompts: PromptReader
+    admission: Admission
+
+    def admit(self, request: Request) -> Caller:
+        """Let a generation request in by its headers, before its body is read."""
+        headers = request.headers
+        return self.admission.admit(headers.get("authorization"), headers.get(TIMEOUT_HEADER))
 
     def check_num_choices(self, num_prompts: int, n: int) -> None:
         """Refuse a request that asks for too many completions, before any work is done for it."""
@@ -61,6 +71,7 @@ def start_generation(
     context: ApiContext,
     client: ModelClient,
     arrival: Arrival,
+    caller: Caller,
     prompts: Sequence[TokenizedPrompt],
     params: Sequence[SamplingParams],
     *,
@@ -73,11 +84,12 @@ def start_generation(
     return Generation(
         client,
         [
-            GenerateRequest(f"{arrival.id}-{index}", token_ids, single)
+            GenerateRequest(f"{arrival.id}-{index}", token_ids, single, key_name=caller.name, weight=caller.weight)
             for index, (token_ids, single) in enumerate(requests)
         ],
         params[0].n,
         context.metrics.for_model(client.name),
         arrival.started_s,
+        caller,
         discard_output=discard_output,
     )

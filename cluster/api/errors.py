@@ -16,6 +16,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from cluster.admission.errors import AuthenticationError, DeadlineExceededError
 from workers.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -76,6 +77,7 @@ _RULES: dict[type[BaseException], _Rule] = {
     UnknownParameterError: _Rule(400, _INVALID, "unknown_parameter"),
     MissingParameterError: _Rule(400, _INVALID, "missing_required_parameter"),
     MalformedBodyError: _Rule(400, _INVALID, "invalid_json"),
+    AuthenticationError: _Rule(401, _INVALID, "invalid_api_key"),
     UnknownModelError: _Rule(404, _INVALID, "model_not_found"),
     BodyTooLargeError: _Rule(413, _INVALID, "request_too_large"),
     UnsupportedMediaTypeError: _Rule(415, _INVALID, "unsupported_media_type"),
@@ -83,6 +85,7 @@ _RULES: dict[type[BaseException], _Rule] = {
     GenerationFailedError: _Rule(500, _SERVER, "generation_failed"),
     PoisonedRequestError: _Rule(500, _SERVER, "request_kills_replicas"),
     EngineDeadError: _Rule(503, _SERVER, "engine_dead"),
+    DeadlineExceededError: _Rule(504, "timeout_error", "deadline_exceeded"),
 }
 
 _HTTP_CODES = {404: "unknown_url", 405: "method_not_allowed"}
@@ -119,7 +122,9 @@ def to_api_error(error: Exception) -> ApiError:
     headers = {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    if isinstance(error, PoisonedRequestError):
+    if isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, PoisonedRequestError | DeadlineExceededError):
         headers["X-Should-Retry"] = "false"  # OpenAI's client would send it again
     if isinstance(error, BodyTooLargeError):
         headers["Connection"] = "close"  # the rest of the body is not read

@@ -11,6 +11,9 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from cluster.admission.admission import Caller
+from cluster.admission.deadline import TIMEOUT_HEADER
+from cluster.admission.errors import DeadlineExceededError
 from cluster.api.client import ModelClient
 from cluster.api.errors import GenerationFailedError
 from cluster.api.metrics import ModelMetrics
@@ -19,7 +22,9 @@ from cluster.messages import GenerateRequest
 from workers.errors import EngineDeadError, QueueFullError, UserError
 from workers.outputs import FinishReason, TokenChunk
 
-#: A choice's index and what it got; None when it ended; an error when it failed.
+#: A choice's index and what it got.
+_Chunk = tuple[int, TokenChunk]
+#: The same on its way; None when it ended; an error when it failed.
 _Item = tuple[int, TokenChunk | Exception | None]
 
 
@@ -32,6 +37,7 @@ class Generation:
         n: Choices per prompt.
         metrics: The model's metrics.
         started_s: ``time.perf_counter()`` at the arrival of the HTTP request.
+        caller: Whose limit pays for it, and until when it is wanted.
         discard_output: Only the prompts are of interest: what is generated is neither counted nor handed out.
     """
 
@@ -42,6 +48,7 @@ class Generation:
         n: int,
         metrics: ModelMetrics,
         started_s: float,
+        caller: Caller,
         *,
         discard_output: bool = False,
     ) -> None:
@@ -50,6 +57,7 @@ class Generation:
         self._n = n
         self._metrics = metrics
         self._started_s = started_s
+        self._caller = caller
         self._discard_output = discard_output
         self._last_token_s: list[float | None] = [None] * len(requests)
         self._unfinished = set(range(len(requests)))
@@ -63,17 +71,23 @@ class Generation:
         Raises:
             QueueFullError, EngineDeadError, UserError: From the model; the other choices are aborted.
             GenerationFailedError: The engine gave up on a choice.
+            RateLimitError: The caller's tokens are used up.
+            DeadlineExceededError: The caller's deadline has passed; every choice is aborted.
         """
+        num_prompt_tokens = sum(len(request.prompt_token_ids) for request in self.requests)
+        num_charged = num_prompt_tokens + sum(request.params.max_tokens or 0 for request in self.requests)
+        self._caller.take_tokens(num_charged)
+        has_deadline = self._caller.time_left_s() is not None
         try:
             async with aclosing(_merge(self._client, self.requests)) as merged:
-                async for index, chunk in merged:
+                async for index, chunk in self._until_deadline(merged) if has_deadline else merged:
                     if self._discard_output:
                         _discard_output(chunk)
                     self._account(index, chunk)
                     yield index, chunk
             if self._unfinished:
                 raise EngineDeadError("The stream of tokens ended before the completion was finished; try again.")
-        except (GeneratorExit, asyncio.CancelledError):
+        except (GeneratorExit, asyncio.CancelledError, DeadlineExceededError):
             self._metrics.finished["abort"].inc(len(self._unfinished))
             raise
         except (QueueFullError, UserError):
@@ -81,6 +95,8 @@ class Generation:
         except Exception:
             self._metrics.finished["error"].inc(len(self._unfinished))
             raise
+        finally:
+            self._caller.give_back_tokens(num_charged - num_prompt_tokens - self._num_generated_tokens)
 
     async def collect(self) -> list[TokenChunk]:
         """Every choice as one chunk. Raises what :meth:`chunks` raises."""
@@ -98,6 +114,21 @@ class Generation:
             total_tokens=self._num_prompt_tokens + self._num_generated_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached_tokens),
         )
+
+    async def _until_deadline(self, chunks: AsyncGenerator[_Chunk, None]) -> AsyncGenerator[_Chunk, None]:
+        """The chunks; raises if the caller's time is over while the next one is waited for."""
+        while True:
+            try:
+                async with asyncio.timeout(self._caller.time_left_s()):
+                    item = await anext(chunks)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise DeadlineExceededError(
+                    f"The request's deadline has passed after {self._num_generated_tokens} tokens; ask for fewer, or "
+                    f"allow more time with {TIMEOUT_HEADER}."
+                ) from None
+            yield item
 
     def _account(self, index: int, chunk: TokenChunk) -> None:
         num_tokens = len(chunk.token_ids)

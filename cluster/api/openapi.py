@@ -44,12 +44,14 @@ _RESPONSES: tuple[type[pydantic.BaseModel], ...] = (
 
 _ERRORS = {
     400: "The request is wrong; the message says what to change.",
+    401: "API keys are configured, and the request has none of them.",
     404: "No such model.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
-    429: "Every queue is full; try again after Retry-After seconds.",
+    429: "Every queue is full, or the key's limit is used up; try again after Retry-After seconds.",
     500: "The server failed; its log has the details under the id in the message.",
     503: "The engine died or no replica is available; try again.",
+    504: "The request's deadline (X-Request-Timeout, in seconds) has passed.",
 }
 
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from cluster.config import ReplicaConfig
 from cluster.messages import GenerateRequest, ReplicaStatus
 from cluster.routing import running_replicas
 from cluster.routing.policies import RoutingPolicy
 from cluster.routing.snapshot import ReplicaSnapshot, RoutingRequest
 from cluster.serving.failover import ReplicaLostError, ResumableRequest
+from cluster.serving.gate import Gate
 from cluster.serving.link import SILENT_TICKS, ReplicaLink
 from cluster.serving.suspects import Suspects
 from cluster.serving.token_stream import TokenStream
@@ -35,8 +37,7 @@ class Fleet:
     Args:
         handle: Handle of the model's deployment, which must use ``PinnedRouter``.
         policy: Picks a replica for each request.
-        start_timeout_s: Longest time a request waits while no replica is connected.
-        heartbeat_timeout_s: A replica that says nothing for this long is lost.
+        replicas: Limits and time-outs.
         prefix_block_size: Tokens per KV block if the policy is to know cached prefixes, else None.
     """
 
@@ -44,15 +45,15 @@ class Fleet:
         self,
         handle: DeploymentHandle[Any],
         policy: RoutingPolicy,
-        start_timeout_s: float,
-        heartbeat_timeout_s: float,
+        replicas: ReplicaConfig,
         prefix_block_size: int | None = None,
     ) -> None:
         self._handle = handle
         self._policy = policy
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s = replicas.start_timeout_s
         self._prefix_block_size = prefix_block_size
-        self._tick_s = heartbeat_timeout_s / SILENT_TICKS
+        self._tick_s = replicas.heartbeat_timeout_s / SILENT_TICKS
+        self._gate = Gate(lambda: self.snapshots, replicas)
         self._links: dict[str, ReplicaLink] = {}
         self._suspects = Suspects()
         self._connected = asyncio.Event()
@@ -107,6 +108,7 @@ class Fleet:
                     self._suspects.note_death(resumable, lost.death)
                 finally:
                     link.release(attempt.request_id, abort=not is_finished)
+        self._gate.give_back(request, resumable.num_tokens)
 
     async def stats(self) -> dict[str, Any]:
         """Every connected replica's ``EngineStats``, by replica id; replicas that do not answer are left out."""
@@ -122,8 +124,10 @@ class Fleet:
         return {link.replica_id: answer for link, answer in zip(links, answers, strict=True) if answer is not None}
 
     async def _submit(self, request: GenerateRequest) -> tuple[ReplicaLink, TokenStream]:
-        """Find a replica that takes the request."""
+        """Wait for a place, unless the request had one before, and find a replica that takes it."""
         try:
+            if not request.attempt:
+                await self._gate.enter(request)
             async with asyncio.timeout(self._start_timeout_s):
                 while True:
                     await self._connected.wait()
@@ -135,6 +139,8 @@ class Fleet:
             raise EngineDeadError(
                 f"No replica was ready to take the request within {self._start_timeout_s:.0f} s; try again later."
             ) from None
+        finally:
+            self._gate.passed(request.request_id)
 
     async def _offer(self, request: GenerateRequest) -> tuple[ReplicaLink, TokenStream] | None:
         """Offer the request to one replica after another, in the policy's order; None if none of them answers."""
@@ -142,6 +148,7 @@ class Fleet:
         refused: set[str] = set()
         while links := [link for link in self._links.values() if link.is_routable and link.replica_id not in refused]:
             link = self._choose(request, links)
+            self._gate.passed(request.request_id)
             stream, reply = await link.offer(request)
             if reply.accepted:
                 return link, stream
@@ -161,7 +168,8 @@ class Fleet:
         snapshots = [link.snapshot(link.prefixes.longest_prefix(names) * block_size) for link in links]
         routing = RoutingRequest(len(tokens), self._sequence, request.params.max_tokens or 16)
         self._sequence += 1
-        return self._links[self._policy(routing, snapshots)]
+        with_room = [snapshot for snapshot in snapshots if self._gate.has_room(snapshot)]
+        return self._links[self._policy(routing, with_room or snapshots)]
 
     async def _tick(self) -> None:
         while True:
@@ -174,7 +182,8 @@ class Fleet:
             if replica_id not in replica_ids and not link.is_draining:
                 link.drain()
         for replica_id in replica_ids - self._links.keys():
-            link = self._links[replica_id] = ReplicaLink(replica_id, self._handle, self._note_connected)
+            link = ReplicaLink(replica_id, self._handle, self._note_connected, self._gate.open)
+            self._links[replica_id] = link
             task = asyncio.get_running_loop().create_task(self._follow(link))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -6,6 +6,7 @@ Puts the API app, the fleets and the metrics together; each of them is written e
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -13,14 +14,18 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from cluster.admission.admission import Admission
+from cluster.admission.keys import KeyRing
 from cluster.api.app import create_app
 from cluster.api.metrics import HttpMetrics
 from cluster.api.settings import ApiSettings
-from cluster.config import DeploymentConfig
+from cluster.config import AdmissionConfig, DeploymentConfig
+from cluster.environment import api_keys
 from cluster.routing.registry import load_policy
 from cluster.serving.engine_metrics import render_engine_metrics
 from cluster.serving.fleet import Fleet
 from cluster.serving.served_model import Directory, ServedModel
+from workers.errors import ConfigError
 
 
 @serve.ingress()
@@ -42,19 +47,19 @@ class Ingress:
             fleet = Fleet(
                 handles[model.name],
                 policy.choose,
-                model.replicas.start_timeout_s,
-                model.replicas.heartbeat_timeout_s,
+                model.replicas,
                 model.engine.block_size if reads_prefix else None,
             )
             models.append(ServedModel(model, fleet))
         self._directory = Directory(models)
+        self._admission = _make_admission(self._config)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve on the replica's event loop, after the constructor."""
         for model in self._directory.models():
             model.fleet.start()
         settings = ApiSettings(max_body_bytes=self._config.http.max_body_bytes)
-        return create_app(self._directory, self._metrics, settings, self._export_metrics)
+        return create_app(self._directory, self._metrics, settings, self._export_metrics, self._admission)
 
     async def _export_metrics(self) -> tuple[bytes, str]:
         """This ingress' own metrics and those of every replica, and their content type."""
@@ -63,3 +68,25 @@ class Ingress:
         by_replica = {model.name: replicas for model, replicas in zip(models, stats, strict=True)}
         own, content_type = await self._metrics.export()
         return own + render_engine_metrics(by_replica), content_type
+
+
+def _make_admission(config: DeploymentConfig) -> Admission:
+    admission = config.admission
+    return Admission(
+        _read_keys(admission),
+        admission.request_timeout_s,
+        admission.max_request_timeout_s,
+        config.http.ingress_replicas,
+    )
+
+
+def _read_keys(admission: AdmissionConfig) -> KeyRing | None:
+    """The API keys, from where the config says; an ingress that cannot read them does not start."""
+    if admission.api_keys_file is not None:
+        return KeyRing.from_file(Path(admission.api_keys_file).expanduser())
+    if admission.api_keys_env is None:
+        return None
+    text = api_keys(admission.api_keys_env)
+    if not text:
+        raise ConfigError(f"admission.api_keys_env: the variable {admission.api_keys_env} is not set for the ingress.")
+    return KeyRing.from_text(text)

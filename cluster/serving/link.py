@@ -45,6 +45,7 @@ class ReplicaLink:
         replica_id: Serve's unique id.
         handle: Handle of the model's deployment.
         on_change: Called when the link becomes usable or stops being so.
+        on_state: Called when the replica has reported its state.
 
     Attributes:
         state: The replica's last report; None while not connected.
@@ -53,7 +54,13 @@ class ReplicaLink:
         is_draining: Serve no longer lists the replica: what runs there finishes, nothing new goes there.
     """
 
-    def __init__(self, replica_id: str, handle: DeploymentHandle[Any], on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        replica_id: str,
+        handle: DeploymentHandle[Any],
+        on_change: Callable[[], None],
+        on_state: Callable[[], None],
+    ) -> None:
         self.replica_id = replica_id
         self.state: ReplicaState | None = None
         self.prefixes = PrefixIndex()
@@ -61,6 +68,7 @@ class ReplicaLink:
         self.connection_id = ""
         self._handle = handle
         self._on_change = on_change
+        self._on_state = on_state
         self._streams: dict[str, TokenStream] = {}
         self._unreported: dict[str, int] = {}
         self._taken: list[str] = []
@@ -135,6 +143,7 @@ class ReplicaLink:
             stream = self._streams.get(chunk.request_id)
             if stream is not None:
                 stream.put(chunk)
+        self._on_state()
 
     def _forget_reported(self, message: StepMessage) -> None:
         """The state shows a request once it has answered, and what the replica had taken before this message."""

@@ -1,0 +1,123 @@
+"""The gate between an ingress and its replicas: requests pass as these have room, and wait in fair order until then.
+
+A replica has room up to its batch and a short queue of its own, so that a place that becomes free is taken in its next
+step. Everything else waits here, where it can still be ordered by key, refused, or taken back. Knows places and
+futures; which replica a request goes to is the fleet's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+
+from cluster.admission.waiting_room import WaitingRoom
+from cluster.config import ReplicaConfig
+from cluster.messages import GenerateRequest
+from cluster.routing.snapshot import ReplicaSnapshot
+from workers.errors import EngineDeadError
+
+
+def num_tokens_of(request: GenerateRequest) -> int:
+    """What a request counts for: its prompt, and the most that it may generate."""
+    return len(request.prompt_token_ids) + (request.params.max_tokens or 0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Ticket:
+    request_id: str
+    is_called: asyncio.Future[None]
+
+
+class Gate:
+    """Lets requests through.
+
+    Args:
+        replicas: The connected replicas now.
+        config: How many may wait, where, and for how long.
+        wake: Called when a request waits and there is no replica.
+    """
+
+    def __init__(
+        self,
+        replicas: Callable[[], list[ReplicaSnapshot]],
+        config: ReplicaConfig,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._replicas = replicas
+        self._config = config
+        self._room: WaitingRoom[_Ticket] = WaitingRoom(time.monotonic, config.max_queued_tokens)
+        self._passing: set[str] = set()
+        self._wake = wake
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait here."""
+        return len(self._room)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Their tokens, prompt and output."""
+        return self._room.num_tokens
+
+    def has_room(self, replica: ReplicaSnapshot) -> bool:
+        """Whether one more request may go to a replica."""
+        return self._num_places(replica) > 0
+
+    async def enter(self, request: GenerateRequest) -> None:
+        """Wait until the request may go to a replica. :meth:`passed` must follow, whatever happens.
+
+        Raises:
+            QueueFullError: Too many wait already.
+            EngineDeadError: There is no replica, and none became ready in time.
+        """
+        num_tokens = num_tokens_of(request)
+        if not len(self._room) and self._num_free() > 0:
+            self._passing.add(request.request_id)
+            self._room.note_passed(num_tokens)
+            return
+        num_replicas = len(self._replicas())
+        ticket = _Ticket(request.request_id, asyncio.get_running_loop().create_future())
+        max_requests = self._config.max_queued_requests * max(1, num_replicas)
+        self._room.enter(ticket, request.key_name, request.weight, num_tokens, max_requests)
+        if not num_replicas:
+            self._wake()
+        try:
+            while not ticket.is_called.done():
+                await asyncio.wait([ticket.is_called], timeout=self._config.start_timeout_s)
+                if not ticket.is_called.done() and not self._replicas():
+                    raise EngineDeadError(
+                        f"No replica was ready within {self._config.start_timeout_s:.0f} s; try again later."
+                    )
+        finally:
+            self._room.leave(ticket)
+
+    def passed(self, request_id: str) -> None:
+        """A request is about to show in a replica's numbers, or has gone; others may look for a place after that."""
+        if request_id in self._passing:
+            self._passing.remove(request_id)
+            if len(self._room):
+                asyncio.get_running_loop().call_soon(self.open)
+
+    def open(self) -> None:
+        """Let through as many as there are places; called whenever a replica has news."""
+        while len(self._room) and self._num_free() > 0:
+            ticket = self._room.call_next()
+            assert ticket is not None
+            self._passing.add(ticket.request_id)
+            ticket.is_called.set_result(None)
+
+    def give_back(self, request: GenerateRequest, num_generated: int) -> None:
+        """A request ended before it had generated all that it was counted for."""
+        self._room.give_back(request.key_name, max(0, (request.params.max_tokens or 0) - num_generated))
+
+    def _num_free(self) -> int:
+        return sum(map(self._num_places, self._replicas())) - len(self._passing)
+
+    def _num_places(self, replica: ReplicaSnapshot) -> int:
+        max_num_seqs = replica.state.max_num_seqs
+        backlog = self._config.engine_backlog
+        if backlog is None:
+            backlog = max(1, max_num_seqs // 8)
+        return max(0, max_num_seqs + backlog - replica.num_requests)
