@@ -122,6 +122,11 @@ class EngineReplica:
         """The load after the last step, the graph layer's account, and that of the start."""
         return ReplicaStatus(self._state, self._engine.graph_report(), self._engine.startup_report())
 
+    def __del__(self) -> None:
+        """Called by Serve once this replica has drained: the engine keeps what the next start can use."""
+        if hasattr(self, "_thread"):
+            self._thread.stop()
+
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
         self._raise_if_dead()

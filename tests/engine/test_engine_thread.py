@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from workers.engine.engine import Engine
 from workers.engine.stats import EngineStats
 from workers.engine.thread import EngineThread
 from workers.errors import EngineDeadError, InvalidRequestError
+from workers.graphs import FileHistogramStore, traffic
 from workers.outputs import FinishReason, TokenChunk
 from workers.sampling_params import SamplingParams
 
@@ -125,3 +128,46 @@ def test_an_engine_that_cannot_be_built_says_why(listener: Listener) -> None:
         thread.wait_ready(60)
     with pytest.raises(EngineDeadError, match="no such model"):
         thread.add("a", [1], GREEDY)
+
+
+def _learning_engine(folder: Path) -> Engine:
+    compilation = {
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": "auto",
+        "compile_cache_dir": str(folder),
+    }
+    return Engine(
+        EngineConfig.create(
+            model=str(tiny_checkpoint("llama")), dtype="float32", device="cpu", max_model_len=64, max_num_seqs=4,
+            skip_tokenizer_init=True, attention_backend="sdpa", compilation_config=compilation,
+        )
+    )  # fmt: skip
+
+
+def _batches(folder: Path) -> int:
+    return sum(FileHistogramStore(path).load().num_batches for path in folder.glob("batches-*.json"))
+
+
+def test_batch_sizes_are_saved_when_the_thread_stops(listener: Listener, tmp_path: Path) -> None:
+    thread = EngineThread(lambda: _learning_engine(tmp_path), listener.on_step, listener.on_death)
+    thread.add("a", [5, 6, 7], GREEDY).result(60)
+    listener.wait_for_end("a")
+    thread.stop()
+    assert _batches(tmp_path) == 6  # a prefill and five decodes
+
+
+def test_an_idle_engine_captures_the_rest_and_saves_batch_sizes(
+    listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traffic, "SAVE_PERIOD_S", 0.0)
+    thread = EngineThread(lambda: _learning_engine(tmp_path), listener.on_step, listener.on_death)
+    engine = thread.wait_ready(60)
+    thread.add("a", [5, 6, 7], GREEDY).result(60)
+    listener.wait_for_end("a")
+    deadline = time.monotonic() + 30
+    while (engine.graph_report().pending or _batches(tmp_path) < 6) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine.graph_report().pending == 0
+    assert _batches(tmp_path) == 6
+    thread.stop()
+    assert _batches(tmp_path) == 6

@@ -82,12 +82,14 @@ class GraphBackend(abc.ABC):
         Warm-up runs belong in the block too, so that they see the same stream as the captures.
 
         Args:
-            clean_up: Collect garbage and return cached memory to the device once, before the first capture. False
-                for a capture in an idle gap, which should be short.
+            clean_up: Collect young garbage and return cached memory to the device once, before the first capture.
+                False for a capture in a gap, which should be short.
         """
         assert not self._is_capturing_allowed, "capturing() is already open"
         if clean_up:
-            gc.collect()
+            # A full collection looks at every object of the process, half a second with a compiler loaded, and what
+            # old garbage holds is not lost: the device's allocator reuses it.
+            gc.collect(1)
         was_gc_enabled = gc.isenabled()
         # A collection in the middle of a capture may free CUDA objects, which breaks it.
         gc.disable()
