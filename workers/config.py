@@ -39,7 +39,9 @@ class CompilationConfig(pydantic.BaseModel):
         max_cudagraph_capture_size: Largest of the default grid.
         cudagraph_first_sizes: Sizes captured before the engine is ready; the rest follows in idle gaps. None takes
             the powers of two up to ``max_num_seqs``.
-        cudagraph_memory_limit_bytes: Most memory for all graphs; what does not fit is left out.
+        cudagraph_memory_limit_bytes: Most memory for all graphs.
+        cudagraph_memory_policy: ``shrink`` leaves out graphs that do not fit and goes on with smaller ones; ``error``
+            refuses to start.
         debug_graph_inputs: Compare the address of every input with the captured one before each replay.
     """
 
@@ -57,6 +59,7 @@ class CompilationConfig(pydantic.BaseModel):
     max_cudagraph_capture_size: int | None = pydantic.Field(default=None, ge=1)
     cudagraph_first_sizes: list[int] | Literal["all"] | None = None
     cudagraph_memory_limit_bytes: int | None = pydantic.Field(default=None, gt=0)
+    cudagraph_memory_policy: Literal["shrink", "error"] = "shrink"
     debug_graph_inputs: bool = False
 
     def resolved_mode(self, device_type: str) -> CompilationMode:

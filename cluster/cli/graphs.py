@@ -82,6 +82,7 @@ def _print_report(console: Console, report: dict[str, Any]) -> None:
     if report["mode_reason"] is not None:
         console.print(report["mode_reason"])
     if report["graphs"]:
+        console.print(f"sizes: {report['sizes_from']}: {', '.join(map(str, report['capture_sizes']))}")
         console.print(_graph_table(report["graphs"]))
     held = ", ".join(f"{count} {mode}" for mode, count in report["captured"].items()) or "none"
     limit = report["memory_limit_bytes"]
@@ -89,6 +90,11 @@ def _print_report(console: Console, report: dict[str, Any]) -> None:
         f"captured: {held} in {report['capture_seconds']:.2f} s, {report['pending']} sizes pending, "
         f"{decimal(report['memory_bytes'])}{'' if limit is None else f' of {decimal(limit)}'}"
     )
+    if report["busy_captures"]:
+        console.print(
+            f"running batches waited for {report['busy_captures']} captures, {report['busy_capture_seconds']:.3f} s in "
+            f"all and {report['longest_busy_capture_s']:.3f} s at most"
+        )
     batches = ", ".join(f"{count} {mode}" for mode, count in report["batches"].items()) or "none"
     console.print(f"batches: {batches}; {report['tokens']} tokens and {report['padded_tokens']} of padding")
     for reason, count in report["eager_fallbacks"].items():

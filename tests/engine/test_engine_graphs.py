@@ -13,6 +13,7 @@ from tests.tiny_models import tiny_checkpoint
 from workers import LLM, SamplingParams
 from workers.attention.base import BatchGeometry
 from workers.attention.sdpa import SdpaMetadata, SdpaPagedAttention
+from workers.errors import ConfigError
 from workers.graphs import pacing
 
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 7, 30, 12, 5)]
@@ -230,3 +231,16 @@ def test_padding_rows_touch_no_cache_and_no_random_number(mode: str) -> None:
         assert torch.equal(padded == SENTINEL, expected == SENTINEL)
         assert (expected != SENTINEL).any()
         torch.testing.assert_close(padded, expected)
+
+
+def test_a_memory_limit_leaves_graphs_out_or_refuses_to_start(eager_tokens: list[list[int]]) -> None:
+    compilation = {"cudagraph_mode": "FULL", "cudagraph_first_sizes": "all", "cudagraph_memory_limit_bytes": 24_000}
+    llm = make_llm(**compilation)
+    report = llm.engine.graph_report()
+    assert 0 < report.memory_bytes <= 24_000
+    assert report.skipped
+    assert {row.state for row in report.graphs} == {"captured", "dropped"}
+    assert tokens(llm) == eager_tokens
+    assert report.captured["FULL"] > 0
+    with pytest.raises(ConfigError, match=r"above the limit of .* raise cudagraph_memory_limit_bytes"):
+        make_llm(**compilation, cudagraph_memory_policy="error")

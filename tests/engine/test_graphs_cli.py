@@ -52,6 +52,7 @@ def test_a_configs_graphs_are_captured_and_printed(config: Path) -> None:
     assert "two, captured here: mode FULL, host backend" in output
     assert output.count("captured ") == 7 + 1  # four graphs for mixed batches, three for decode batches, the heading
     assert "captured: 7 FULL in" in output
+    assert "sizes: the config: 1, 2, 4, 6" in output
 
 
 def test_graphs_that_are_off_say_so(config: Path) -> None:
@@ -109,8 +110,10 @@ class _Server:
 
 @pytest.fixture
 def url() -> Iterator[str]:
+    status = replica_status().to_dict()
+    status["graphs"] |= {"busy_captures": 2, "busy_capture_seconds": 0.75, "longest_busy_capture_s": 0.5}
     models = {
-        "m": {"is_ready": True, "replicas": {"a": replica_status().to_dict()}},
+        "m": {"is_ready": True, "replicas": {"a": status}},
         "down": {"is_ready": False, "replicas": {}},
     }
     with _Server({"models": models}) as url:
@@ -118,10 +121,13 @@ def url() -> Iterator[str]:
 
 
 def test_a_running_server_is_asked(url: str) -> None:
-    assert json.loads(show("--url", url, "--json")) == {"m": {"a": replica_status().to_dict()["graphs"]}, "down": {}}
+    reports = json.loads(show("--url", url, "--json"))
+    assert reports["m"]["a"].keys() == replica_status().to_dict()["graphs"].keys()
+    assert reports["down"] == {}
     output = show("--url", url)
     assert "m, a: mode FULL_DECODE_ONLY, host backend" in output
     assert "2 sizes pending" in output
+    assert "waited for 2 captures, 0.750 s in all and 0.500 s at most" in output
     assert "down: no replica answers" in output
     assert "m, a" not in show("--url", url, "--model", "down")
     with pytest.raises(UserError, match="no model 'x'; it serves 'm', 'down'"):

@@ -131,6 +131,34 @@ def test_a_busy_engine_captures_only_what_its_batches_miss() -> None:
     assert not plan.is_done
 
 
+@given(
+    counts=st.dictionaries(st.integers(1, 40), st.integers(1, 9), max_size=12),
+    sizes=st.sets(st.integers(1, 30), min_size=1, max_size=10),
+    data=st.data(),
+)
+def test_what_is_needed_most_against_serving_every_batch(
+    counts: dict[int, int], sizes: set[int], data: st.DataObject
+) -> None:
+    histogram = BatchHistogram()
+    histogram.mixed.update(counts)
+    order = GraphDispatcher(M.PIECEWISE, sizes, 64).capture_order()
+    plan = CapturePlan(order, 64, first_sizes=[], histogram=histogram)
+    captured = data.draw(st.sets(st.sampled_from(sorted(sizes))))
+    for size in captured:
+        plan.mark_captured(_piecewise(size))
+
+    def work(graphs: set[int]) -> int:
+        eager = 2 * max(sizes)
+        return sum(count * min((g for g in graphs if g >= size), default=eager) for size, count in counts.items())
+
+    savings = {size: work(captured) - work(captured | {size}) for size in sorted(sizes - captured, reverse=True)}
+    key = plan.next_needed()
+    if not any(savings.values()):
+        assert key is None
+    else:
+        assert key == _piecewise(max(savings, key=lambda size: savings[size]))
+
+
 def test_decode_traffic_asks_for_piecewise_graphs_where_there_are_no_full_ones() -> None:
     histogram = BatchHistogram()
     histogram.record(2, 2, is_decode=True)

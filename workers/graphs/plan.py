@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -135,16 +136,21 @@ class CapturePlan:
             return [(uniform, decode), *((family, histogram.mixed) for family in others)]
         return [(family, histogram.token_counts(self._query_len)) for family in others]
 
-    def _savings(self, family: list[GraphKey], counts: Mapping[int, int]) -> collections.Counter[GraphKey]:
-        """Padded tokens that each pending graph of a family would save; an eager batch counts as the largest."""
-        sizes = [descriptor.num_tokens for _, descriptor in family]
+    def _savings(self, family: list[GraphKey], counts: Mapping[int, int]) -> dict[GraphKey, int]:
+        """Padded tokens that each pending graph of a family would save; an eager batch counts as twice the largest."""
+        largest = family[-1][1].num_tokens
+        sizes = sorted(size for size in counts if size <= largest)
+        batches = [0, *itertools.accumulate(counts[size] for size in sizes)]
         captured = [descriptor.num_tokens for mode, descriptor in family if (mode, descriptor) in self._captured]
-        savings: collections.Counter[GraphKey] = collections.Counter()
-        for size, count in list(counts.items()):
-            served = bisect.bisect_left(captured, size)
-            current = captured[served] if served < len(captured) else 2 * sizes[-1]
-            for index in range(bisect.bisect_left(sizes, size), bisect.bisect_left(sizes, current)):
-                savings[family[index]] += count * (current - sizes[index])
+        captured = [0, *captured, 2 * largest]
+        savings = {}
+        for key in family:
+            if key in self._pending:
+                num_tokens = key[1].num_tokens
+                above = bisect.bisect_left(captured, num_tokens)
+                # It would serve the batches that the next larger captured graph serves now, up to its own size.
+                first, last = (bisect.bisect_right(sizes, size) for size in (captured[above - 1], num_tokens))
+                savings[key] = (captured[above] - num_tokens) * (batches[last] - batches[first])
         return savings
 
 

@@ -38,6 +38,7 @@ from workers.graphs import (
     GraphMemoryBudget,
     GraphReport,
     HistogramStore,
+    MemoryPolicy,
     Traffic,
     auto_capture_sizes,
     default_capture_sizes,
@@ -125,7 +126,9 @@ class GraphedModel:
             first_sizes=compilation.cudagraph_first_sizes,
             histogram=self._traffic.histogram,
         )
-        self._budget = GraphMemoryBudget(compilation.cudagraph_memory_limit_bytes)
+        self._budget = GraphMemoryBudget(
+            compilation.cudagraph_memory_limit_bytes, MemoryPolicy(compilation.cudagraph_memory_policy)
+        )
         self._capturer = GraphCapturer(
             self._graph_backend,
             self._dispatcher,
