@@ -130,44 +130,45 @@ def test_an_engine_that_cannot_be_built_says_why(listener: Listener) -> None:
         thread.add("a", [1], GREEDY)
 
 
-def _learning_engine(folder: Path) -> Engine:
-    compilation = {
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": "auto",
-        "compile_cache_dir": str(folder),
-    }
-    return Engine(
-        EngineConfig.create(
-            model=str(tiny_checkpoint("llama")), dtype="float32", device="cpu", max_model_len=64, max_num_seqs=4,
-            skip_tokenizer_init=True, attention_backend="sdpa", compilation_config=compilation,
-        )
+def _learning_engine() -> Engine:
+    config = EngineConfig.create(
+        model=str(tiny_checkpoint("llama")), dtype="float32", device="cpu", max_model_len=64, max_num_seqs=4,
+        skip_tokenizer_init=True, attention_backend="sdpa",
+        compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": "auto"},
     )  # fmt: skip
+    return Engine(config)
 
 
-def _batches(folder: Path) -> int:
-    return sum(FileHistogramStore(path).load().num_batches for path in folder.glob("batches-*.json"))
+@pytest.fixture
+def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WARMGRAPH_ARTIFACTS", str(tmp_path))
+    return tmp_path
 
 
-def test_batch_sizes_are_saved_when_the_thread_stops(listener: Listener, tmp_path: Path) -> None:
-    thread = EngineThread(lambda: _learning_engine(tmp_path), listener.on_step, listener.on_death)
+def _batches(artifacts: Path) -> int:
+    return sum(FileHistogramStore(path).load().num_batches for path in artifacts.glob("traffic/batches-*.json"))
+
+
+def test_batch_sizes_are_saved_when_the_thread_stops(listener: Listener, artifacts: Path) -> None:
+    thread = EngineThread(_learning_engine, listener.on_step, listener.on_death)
     thread.add("a", [5, 6, 7], GREEDY).result(60)
     listener.wait_for_end("a")
     thread.stop()
-    assert _batches(tmp_path) == 6  # a prefill and five decodes
+    assert _batches(artifacts) == 6  # a prefill and five decodes
 
 
 def test_an_idle_engine_captures_the_rest_and_saves_batch_sizes(
-    listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    listener: Listener, artifacts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(traffic, "SAVE_PERIOD_S", 0.0)
-    thread = EngineThread(lambda: _learning_engine(tmp_path), listener.on_step, listener.on_death)
+    thread = EngineThread(_learning_engine, listener.on_step, listener.on_death)
     engine = thread.wait_ready(60)
     thread.add("a", [5, 6, 7], GREEDY).result(60)
     listener.wait_for_end("a")
     deadline = time.monotonic() + 30
-    while (engine.graph_report().pending or _batches(tmp_path) < 6) and time.monotonic() < deadline:
+    while (engine.graph_report().pending or _batches(artifacts) < 6) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert engine.graph_report().pending == 0
-    assert _batches(tmp_path) == 6
+    assert _batches(artifacts) == 6
     thread.stop()
-    assert _batches(tmp_path) == 6
+    assert _batches(artifacts) == 6
