@@ -25,9 +25,11 @@ class _Clock:
 def test_pauses() -> None:
     clock, waits = _Clock(), list[float]()
     pacer = CapturePacer(0.1, 1.0, on_wait=waits.append, clock=clock)
+    assert not pacer.is_due
     assert not pacer.run(lambda: clock.capture(9.0))
     assert clock.now == 0
     clock.now = 1.0
+    assert pacer.is_due
     assert pacer.run(lambda: clock.capture(0.5))
     clock.now = 5.9
     assert not pacer.run(lambda: clock.capture(9.0))

@@ -37,6 +37,11 @@ class CapturePacer:
         self._clock = clock
         self._due_at = clock() + self._min_pause_s
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a capture; asked at every step, so it costs next to nothing."""
+        return self._clock() >= self._due_at
+
     def run(self, capture: Callable[[], bool]) -> bool:
         """Call ``capture`` if it is time to, and then pause for as long as makes what it took its share.
 

@@ -174,6 +174,11 @@ class GraphedModel:
         if self._resolution.mode is not _NO_GRAPH:
             logger.info("%s", summary_line(self.report()))
 
+    @property
+    def is_gap_due(self) -> bool:
+        """Whether a gap between two steps of a busy engine has a use; see :meth:`use_gap`."""
+        return self._pacer.is_due
+
     def use_gap(self, idle: bool) -> bool:
         """Between two steps: make at most one of the remaining captures, and keep the batch sizes seen.
 

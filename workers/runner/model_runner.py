@@ -213,10 +213,12 @@ class ModelRunner:
         host_R, done = self._copies.start(token_ids_R)
         return PendingStep(requests, host_R, done, logprobs, prompt)
 
-    @torch.inference_mode()
     def use_gap(self, idle: bool) -> bool:
         """Use the gap between two steps, or an idle moment, for one capture; returns whether one was made."""
-        return self._graphs.use_gap(idle)
+        if not idle and not self._graphs.is_gap_due:
+            return False
+        with torch.inference_mode():
+            return self._graphs.use_gap(idle)
 
     def save_traffic(self) -> None:
         """Keep the batch sizes seen since the last time."""
