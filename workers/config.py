@@ -38,7 +38,7 @@ class CompilationConfig(pydantic.BaseModel):
         cudagraph_num_auto_sizes: Most sizes that ``auto`` chooses.
         max_cudagraph_capture_size: Largest of the default grid.
         cudagraph_first_sizes: Sizes captured before the engine is ready; the rest follows in idle gaps. None takes
-            the powers of two up to ``max_num_seqs``.
+            the powers of two up to ``max_num_seqs``, and the largest.
         cudagraph_memory_limit_bytes: Most memory for all graphs.
         cudagraph_memory_policy: ``shrink`` leaves out graphs that do not fit and goes on with smaller ones; ``error``
             refuses to start.

@@ -32,7 +32,7 @@ class Setup:
     """A capturer around one PIECEWISE wrapper pair, whose dummy runs are logged and can be made to fail."""
 
     def __init__(
-        self, first_sizes: Any = None, budget: GraphMemoryBudget | None = None, mode: CUDAGraphMode = M.PIECEWISE
+        self, first_sizes: Any = (1, 2, 4), budget: GraphMemoryBudget | None = None, mode: CUDAGraphMode = M.PIECEWISE
     ) -> None:
         self.backend = HostGraphBackend()
         self.dispatcher = GraphDispatcher(mode, [1, 2, 4, 8], 4)

@@ -54,14 +54,14 @@ def test_first_set_then_idle_gaps() -> None:
     dispatcher = _dispatcher()
     plan = CapturePlan(dispatcher.capture_order(), 12)
     sizes = [12, 8, 4, 2, 1]
-    assert plan.first == [key for size in sizes for key in (_uniform(size), _piecewise(size))]
+    assert plan.first == [_piecewise(24), *(key for size in sizes for key in (_uniform(size), _piecewise(size)))]
     assert not plan.is_ready
     assert _drain(plan, idle=False) == plan.first
     assert plan.is_ready
     assert not plan.is_done
     assert plan.next_capture(idle=False) is None
-    assert plan.pending == [_piecewise(24), _piecewise(16)]
-    assert _drain(plan) == [_piecewise(24), _piecewise(16)]  # no traffic: largest first
+    assert plan.pending == [_piecewise(16)]
+    assert _drain(plan) == [_piecewise(16)]
     assert plan.is_done
     assert plan.next_capture(idle=True) is None
     plan.reset()

@@ -45,7 +45,7 @@ def test_report_is_plain_and_complete() -> None:
     resolution = resolve_mode_with_reason(M.FULL, CompilationMode.VLLM_COMPILE, AttentionCGSupport.UNIFORM_BATCH, True)
     counters = GraphCounters()
     dispatcher = GraphDispatcher(resolution.mode, [1, 2, 4], 2, counters=counters)
-    plan = CapturePlan(dispatcher.capture_order(), 2)
+    plan = CapturePlan(dispatcher.capture_order(), 2, first_sizes=[1, 2])
     budget = GraphMemoryBudget(1000)
     held: dict[GraphKey, KeyCounters] = {}
     for index in range(3):

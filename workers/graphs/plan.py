@@ -33,8 +33,9 @@ class CapturePlan:
         query_len: Tokens that each request brings to a pure decode batch.
         first_sizes: Sizes of the first set, in requests for uniform graphs and in tokens for the others; each is
             served by the smallest graph that holds it, or by the largest there is. By default the powers of two up
-            to ``max_num_seqs`` and ``max_num_seqs`` itself, which serve every decode batch by padding. ``"all"``
-            captures everything before the replica is ready, an empty list nothing.
+            to ``max_num_seqs`` and ``max_num_seqs`` itself, which serve every decode batch by padding, and the largest
+            of each kind, in whose memory all later ones fit. ``"all"`` captures everything before the replica is
+            ready, an empty list nothing.
         histogram: The batches run so far; read at every idle :meth:`next_capture`.
     """
 
@@ -54,8 +55,9 @@ class CapturePlan:
         if first_sizes == "all":
             self.first = list(self._order)
         else:
-            targets = default_first_sizes(max_num_seqs) if first_sizes is None else first_sizes
-            self.first = _covering(self._order, self._families, [int(t) for t in targets], query_len)
+            if first_sizes is None:
+                first_sizes = [*default_first_sizes(max_num_seqs), *(key[1].num_tokens for key in self._order[:1])]
+            self.first = _covering(self._order, self._families, [int(size) for size in first_sizes], query_len)
         self.reset()
 
     def reset(self) -> None:
