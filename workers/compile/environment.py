@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,11 @@ _TRACED_PACKAGES = ("workers/model", "workers/kernels", "workers/compile", "work
 
 #: Switches of the compilers, by the beginning of their names: a new one counts until it is known not to matter.
 _COMPILER_PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TRITON_")
+
+#: Names of instruction sets in /proc/cpuinfo, on x86 and on Arm; the other flags there say nothing of generated code.
+_INSTRUCTION_SET = re.compile(
+    r"(sse|ssse|avx|amx|fma|bmi|f16c|gfni|vaes|vpclmul|sha|adx|movbe|popcnt|abm|asimd|sve|sme|bf16|i8mm|atomics|fphp)"
+)
 
 #: Switches that say where things lie, how fast they are made, or what is printed; none of them changes the code.
 NEUTRAL_VARIABLES = frozenset(
@@ -122,10 +128,25 @@ def _cpu_factors() -> dict[str, Any]:
     return {
         "device": "cpu",
         "isa": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "instruction_sets": _instruction_sets(),
         "num_threads": torch.get_num_threads(),
         "cxx_major": _cxx_major(os.environ.get("CXX", "g++")),
         "native_kernels": cpu_ops.is_available(),
     }
+
+
+@functools.cache
+def _instruction_sets() -> str:
+    """What this processor can run of what ``-march=native``, Inductor's default, may emit.
+
+    Two processors of one capability by torch's count can differ in AMX or bf16 instructions.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return " ".join(sorted({flag for flag in flags if _INSTRUCTION_SET.match(flag)}))
 
 
 @functools.cache
