@@ -38,8 +38,16 @@ from workers.config import ArtifactConfig
 
 logger = logging.getLogger(__name__)
 
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("warmgraph")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from a checkout that is not installed
+
+
 #: Stands in every manifest that this code writes.
-CREATOR = f"warmgraph {importlib.metadata.version('warmgraph')}"
+CREATOR = f"warmgraph {_version()}"
 
 #: Manifests of one key that are looked at, the newest first; one is normal.
 _MAX_MANIFESTS = 64

@@ -44,7 +44,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 def linear_silu_and_mul(x_MK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` of ``x W^T`` = cat(gate, up): ``[M, K]`` to ``[M, N]`` for a weight ``[2N, K]``."""
     kernels = _kernels(x_MK, weight)
-    if kernels is None or weight.shape[0] % 16:
+    if kernels is None or weight.shape[0] % 32:
         return reference.silu_and_mul(F.linear(x_MK, weight))
     if x_MK.shape[0] == 1:
         return kernels.row(x_MK, weight, None, True)

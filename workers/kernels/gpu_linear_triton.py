@@ -30,7 +30,7 @@ def _silu_mul(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit(do_not_specialize=["num_columns", "num_features"])
+@triton.jit(do_not_specialize=["num_columns"])
 def row_kernel(
     x_ptr,
     weight_ptr,
@@ -46,7 +46,6 @@ def row_kernel(
     """One row: program p makes columns ``[p * BLOCK_N, (p + 1) * BLOCK_N)``, of both halves."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.arange(0, BLOCK_K)
-    num_features = tl.multiple_of(num_features, 16)
     rows = weight_ptr + columns.to(tl.int64)[:, None] * num_features
     partner = num_columns.to(tl.int64) * num_features
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -71,7 +70,7 @@ def row_kernel(
     tl.store(y_ptr + columns, y.to(dtype), mask=columns < num_columns)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_columns", "num_features"])
+@triton.jit(do_not_specialize=["num_rows", "num_columns"])
 def tile_kernel(
     x_ptr,
     weight_ptr,
@@ -87,7 +86,6 @@ def tile_kernel(
     rows = tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.arange(0, BLOCK_K)
-    num_features = tl.multiple_of(num_features, 16)
     live = (rows < num_rows)[:, None]
     inside = (columns < num_columns)[:, None]
     x_rows = x_ptr + rows[:, None] * num_features
@@ -101,11 +99,10 @@ def tile_kernel(
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=live & (columns < num_columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_columns"])
+@triton.jit
 def silu_and_mul_kernel(x_ptr, y_ptr, num_columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    num_columns = tl.multiple_of(num_columns, 8)
     inside = columns < num_columns
     gate = tl.load(x_ptr + row * 2 * num_columns + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + (row * 2 + 1) * num_columns + columns, mask=inside, other=0.0).to(tl.float32)
@@ -134,14 +131,15 @@ class LinearKernels:
     """The kernels for one dtype, compiled side by side."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        sizes = (2, 2)
+        # Any number of columns, and features that are a multiple of 16: only then are loads 16 bytes wide.
+        sizes = (2, 16)
         self._rows = {
             (paired, has_bias): KernelLaunch(
                 row_kernel,
                 (dtype, dtype, dtype, dtype, *sizes),
                 (paired, has_bias, 1 if paired else _ROW_COLUMNS, _ROW_FEATURES),
                 num_warps=_ROW_WARPS,
-                num_stages=2,
+                num_stages=3,
                 launch_pdl=True,
             )
             for paired, has_bias in ((False, False), (False, True), (True, False))
@@ -156,7 +154,7 @@ class LinearKernels:
             )
             for rows, tile in TILES.items()
         }
-        self._silu = KernelLaunch(silu_and_mul_kernel, (dtype, dtype, 2), (_SILU_BLOCK,), num_warps=_SILU_WARPS)
+        self._silu = KernelLaunch(silu_and_mul_kernel, (dtype, dtype, 16), (_SILU_BLOCK,), num_warps=_SILU_WARPS)
 
     def launches(self) -> list[KernelLaunch]:
         """Every kernel."""

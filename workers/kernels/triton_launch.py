@@ -58,7 +58,7 @@ class KernelLaunch:
         self._compiled: Any = None
         self._run: Any = None
         # TRITON_INTERPRET=1 turns jit functions into plain Python: nothing to compile.
-        self._interpreted = not isinstance(kernel, JITFunction)
+        self._interpreted = is_interpreted(kernel)
 
     @property
     def hash(self) -> str:
@@ -101,6 +101,11 @@ class KernelLaunch:
         if self._run is None:
             self.load()
         self._run(grid, args + self.constants)
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether Triton runs this function as plain Python, without what only a device has."""
+    return not isinstance(kernel, JITFunction)
 
 
 def compile_all(launches: Sequence[KernelLaunch], num_threads: int = 8) -> None:

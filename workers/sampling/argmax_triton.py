@@ -23,7 +23,7 @@ _MIN_PROGRAMS = 512
 _MAX_CHUNKS = 128
 
 
-@triton.jit(do_not_specialize=["vocab_size", "num_chunks"])
+@triton.jit(do_not_specialize=["num_chunks"])
 def _best_of_chunk(values_RV, best_ptr, index_ptr, stride, vocab_size, num_chunks, chunk, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)

@@ -18,7 +18,7 @@ from workers.attention.triton_kernels.decode import decode_kernel
 from workers.attention.triton_kernels.prefill import prefill_kernel
 from workers.attention.triton_kernels.rope import NO_ROPE, NORM_AND_ROTATE, ROTATE
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPlan, SplitPolicy
-from workers.kernels.triton_launch import KernelLaunch
+from workers.kernels.triton_launch import KernelLaunch, is_interpreted
 
 #: Tokens of one cache-write program.
 WRITE_TOKENS = 32
@@ -248,14 +248,15 @@ class KernelSet:
         cache = (s.head_dim, self._head_dim_padded, s.block_size, self._window)
         tiles = (tile.block_n, self._merge_tile, ROW_TILE)
         slots = (self.splits.max_programs, self.splits.overflow_chunks)
+        overlap = tile.overlap_launch and not is_interpreted(decode_kernel)
         return KernelLaunch(
             decode_kernel,
             (*tensors, *strides, _ANY, _ANY, _ANY, _ANY, _ANY, *_rope_examples(kind, data)),
-            (self._qk_scale, *groups, *cache, *tiles, *slots, mixed, tile.overlap_launch, kind.code, kind.eps),
+            (self._qk_scale, *groups, *cache, *tiles, *slots, mixed, overlap, kind.code, kind.eps),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             max_registers=tile.max_registers,
-            launch_pdl=tile.overlap_launch,
+            launch_pdl=overlap,
         )
 
     def _specialize_prefill(self, kind: RopeKind) -> KernelLaunch:

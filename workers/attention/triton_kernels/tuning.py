@@ -26,7 +26,7 @@ class DecodeTile:
     num_warps: int
     num_stages: int
     max_registers: int = 128
-    overlap_launch: bool = False
+    overlap_launch: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
