@@ -8,9 +8,6 @@ Shape suffixes: T = tokens of the (padded) batch, E = model width, V = vocabular
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +18,6 @@ import torch
 from workers.artifacts.key import BundleKey
 from workers.artifacts.library import ArtifactLibrary
 from workers.attention.base import AttentionBackend, BatchGeometry
-from workers.checkpoint.cache import artifacts_root
 from workers.compile.errors import BuildFailedError
 from workers.compile.model import CompiledModel, compile_model
 from workers.compile.stitch import PieceInfo
@@ -31,7 +27,6 @@ from workers.graphs import (
     BatchDescriptor,
     CapturePlan,
     CUDAGraphMode,
-    FileHistogramStore,
     ForwardContext,
     GraphCounters,
     GraphDispatcher,
@@ -40,8 +35,6 @@ from workers.graphs import (
     HistogramStore,
     MemoryPolicy,
     Traffic,
-    auto_capture_sizes,
-    default_capture_sizes,
     make_report,
     resolve_mode_with_reason,
     set_forward_context,
@@ -54,6 +47,7 @@ from workers.graphs.resolve import ModeResolution
 from workers.graphs.wrapper import CUDAGraphWrapper
 from workers.model.decoder import DecoderForCausalLM
 from workers.modes import CompilationMode
+from workers.runner.capture_sizes import capture_sizes, histogram_file
 from workers.runner.cpu_model import CpuModel
 from workers.runner.decode_batch import DecodeBatch, DecodeInputs
 from workers.runner.decode_graphs import DecodeGraphs
@@ -111,8 +105,8 @@ class GraphedModel:
         sizes: list[int] = []
         self._traffic, self._sizes_from = Traffic(), "graphs are off"
         if self._resolution.mode is not _NO_GRAPH:
-            self._traffic = Traffic(histogram_store or _file_store(config, model))
-            sizes, self._sizes_from = _capture_sizes(config, self._traffic)
+            self._traffic = Traffic(histogram_store or histogram_file(config, model.config))
+            sizes, self._sizes_from = capture_sizes(config, self._traffic)
         self._dispatcher = GraphDispatcher(
             self._resolution.mode,
             sizes,
@@ -290,31 +284,6 @@ class GraphedModel:
 
 def _compile_mode(config: EngineConfig, device: torch.device) -> CompilationMode:
     return CompilationMode.NONE if config.enforce_eager else config.compilation_config.resolved_mode(device.type)
-
-
-def _capture_sizes(config: EngineConfig, traffic: Traffic) -> tuple[list[int], str]:
-    """The sizes, and where they come from, in words."""
-    compilation = config.compilation_config
-    limits = (config.max_num_seqs, config.max_num_batched_tokens)
-    max_size = compilation.max_cudagraph_capture_size
-    if compilation.cudagraph_capture_sizes == "auto":
-        num_sizes = compilation.cudagraph_num_auto_sizes
-        sizes = auto_capture_sizes(traffic.histogram, *limits, num_sizes=num_sizes, max_size=max_size)
-        learned = f"learned from {traffic.num_learned} batches"
-        return sizes, learned if traffic.num_learned else "the default grid, since no batches are known yet"
-    sizes = default_capture_sizes(*limits, sizes=compilation.cudagraph_capture_sizes, max_size=max_size)
-    return sizes, "the default grid" if compilation.cudagraph_capture_sizes is None else "the config"
-
-
-def _file_store(config: EngineConfig, model: DecoderForCausalLM) -> HistogramStore | None:
-    """A file per model shape: batch sizes depend on the traffic, and traffic goes to a model."""
-    if config.artifacts.store is None:
-        if config.compilation_config.cudagraph_capture_sizes == "auto":
-            logger.warning("cudagraph_capture_sizes auto forgets what it learns: artifacts.store is not set")
-        return None
-    shape = json.dumps(dataclasses.asdict(model.config), sort_keys=True, default=str)
-    name = f"batches-{hashlib.sha256(shape.encode()).hexdigest()[:16]}.json"
-    return FileHistogramStore(artifacts_root() / "traffic" / name)
 
 
 def _resolve(
