@@ -6,11 +6,14 @@ Everything else takes its settings from the config. Knows names of variables, no
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 #: Variables that the processes of a deployment inherit unless the operator set them.
 #: - OMP_WAIT_POLICY: several engines share cores; spinning OpenMP threads would stop each other for milliseconds.
 #: - KINETO_LOG_LEVEL: torch's profiler otherwise writes two lines to standard error each time it is used.
 #: - RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP: the ingress is asynchronous anyway; one loop saves a thread hop per message.
+#: - RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD: neither ingress nor replica blocks its event loop, so a second loop
+#:   in a second thread only adds a hop to every chunk.
 #: - RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE, RAY_SERVE_LOG_TO_STDERR: request logs are buffered and kept in files.
 #: - RAY_preload_python_modules: a spare process for the next replica (cluster/serving/spare.py).
 #: - RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS: an engine that hangs will not finish anything, and its device is needed.
@@ -18,6 +21,7 @@ _PROCESS_DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "KINETO_LOG_LEVEL": "99",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
@@ -28,14 +32,14 @@ _PROCESS_DEFAULTS = {
 }
 
 
-def process_environment() -> dict[str, str]:
-    """The defaults above, with whatever the operator set in their place."""
-    return {name: os.environ.get(name, value) for name, value in _PROCESS_DEFAULTS.items()}
+def process_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The defaults above and ``more``, with whatever the operator set in their place."""
+    return {name: os.environ.get(name, value) for name, value in {**_PROCESS_DEFAULTS, **(more or {})}.items()}
 
 
-def apply_process_environment() -> None:
+def apply_process_environment(more: Mapping[str, str] | None = None) -> None:
     """Export :func:`process_environment` to this process and its children; call before importing Ray."""
-    os.environ.update(process_environment())
+    os.environ.update(process_environment(more))
 
 
 def api_keys(variable: str) -> str | None:

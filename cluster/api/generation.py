@@ -137,9 +137,9 @@ class Generation:
             if last is None:
                 self._metrics.time_to_first_token.observe(now - self._started_s)
             else:
-                self._metrics.inter_token_latency.observe(now - last)
+                self._metrics.tokens.note_gap(now - last)
             self._last_token_s[index] = now
-            self._metrics.generation_tokens.inc(num_tokens)
+            self._metrics.tokens.num_tokens += num_tokens
             self._num_generated_tokens += num_tokens
         if chunk.num_cached_tokens is not None and index % self._n == 0:  # a prompt's first chunk
             self._num_cached_tokens += chunk.num_cached_tokens

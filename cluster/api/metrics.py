@@ -9,6 +9,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from cluster.api.token_meter import ModelTokens, TokenMeter
+
 _TTFT_BUCKETS = (
     0.001,
     0.005,
@@ -30,7 +32,6 @@ _TTFT_BUCKETS = (
     40.0,
     80.0,
 )
-_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _E2E_BUCKETS = (
     0.1,
     0.3,
@@ -67,10 +68,10 @@ class HttpMetrics:
         )
         self.in_flight = Gauge("warmgraph_http_requests_in_flight", "HTTP requests being answered", registry=registry)
         self._ttft = _histogram(registry, "time_to_first_token_seconds", "Arrival to first token", _TTFT_BUCKETS)
-        self._itl = _histogram(registry, "inter_token_latency_seconds", "Between chunks of a choice", _ITL_BUCKETS)
         self._e2e = _histogram(registry, "e2e_request_latency_seconds", "Arrival to last token", _E2E_BUCKETS)
         self._prompt = Counter("warmgraph_prompt_tokens", "Prompt tokens", ["model_name"], registry=registry)
-        self._generation = Counter("warmgraph_generation_tokens", "Tokens generated", ["model_name"], registry=registry)
+        self._tokens = TokenMeter()
+        registry.register(self._tokens)
         self._finished = Counter(
             "warmgraph_request_success",
             "Choices that ended, by reason: stop, length, abort (the client left), error",
@@ -85,10 +86,9 @@ class HttpMetrics:
         if metrics is None:
             metrics = self._models[name] = ModelMetrics(
                 time_to_first_token=self._ttft.labels(name),
-                inter_token_latency=self._itl.labels(name),
                 e2e_latency=self._e2e.labels(name),
                 prompt_tokens=self._prompt.labels(name),
-                generation_tokens=self._generation.labels(name),
+                tokens=self._tokens.for_model(name),
                 finished={
                     reason: self._finished.labels(name, reason) for reason in ("stop", "length", "abort", "error")
                 },
@@ -106,27 +106,24 @@ class ModelMetrics:
     __slots__ = (
         "e2e_latency",
         "finished",
-        "generation_tokens",
-        "inter_token_latency",
         "prompt_tokens",
         "time_to_first_token",
+        "tokens",
     )
 
     def __init__(
         self,
         *,
         time_to_first_token: Histogram,
-        inter_token_latency: Histogram,
         e2e_latency: Histogram,
         prompt_tokens: Counter,
-        generation_tokens: Counter,
+        tokens: ModelTokens,
         finished: dict[str, Counter],
     ) -> None:
         self.time_to_first_token = time_to_first_token
-        self.inter_token_latency = inter_token_latency
         self.e2e_latency = e2e_latency
         self.prompt_tokens = prompt_tokens
-        self.generation_tokens = generation_tokens
+        self.tokens = tokens
         self.finished = finished
 
 

@@ -27,11 +27,12 @@ _MAX_ONGOING_CALLS = 100_000
 _MAX_ONGOING_HTTP = 10_000
 
 
-def build(args: dict[str, Any]) -> Application:
+def build(args: dict[str, Any], replica_class: type[EngineReplica] = EngineReplica) -> Application:
     """The Serve application for a deployment.
 
     Args:
         args: A ``DeploymentConfig`` as plain data.
+        replica_class: What runs the engines; tests and benchmarks put other engines into it.
 
     Raises:
         ConfigError: The config is wrong; says what to change.
@@ -39,7 +40,7 @@ def build(args: dict[str, Any]) -> Application:
     config = DeploymentConfig.from_dict(args)
     for model in config.models:
         load_policy(model.routing.policy)  # a wrong import path is told here, not by an ingress that does not start
-    engines = {model.name: _engine(model) for model in config.models}
+    engines = {model.name: _engine(model, replica_class) for model in config.models}
     ingress: Any = serve.deployment(Ingress).options(  # type: ignore[attr-defined]  # Ray's overloads lose the class
         name="ingress",
         num_replicas=config.http.ingress_replicas,
@@ -51,9 +52,9 @@ def build(args: dict[str, Any]) -> Application:
     return application
 
 
-def _engine(model: ModelDeployment) -> Application:
+def _engine(model: ModelDeployment, replica_class: type[EngineReplica]) -> Application:
     replicas = model.replicas
-    deployment: Any = serve.deployment(EngineReplica).options(  # type: ignore[attr-defined]  # as above
+    deployment: Any = serve.deployment(replica_class).options(  # type: ignore[attr-defined]  # as above
         name=f"engine-{model.name.replace('/', '--')}",
         num_replicas=replicas.num_replicas,
         max_ongoing_requests=_MAX_ONGOING_CALLS,

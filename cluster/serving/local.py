@@ -9,30 +9,48 @@ import contextlib
 import importlib
 import logging
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import DeploymentConfig
 from cluster.environment import apply_process_environment, ray_address, ray_temp_dir
+from cluster.serving.proxy import proxy_environment
+
+if TYPE_CHECKING:
+    from cluster.serving.replica import EngineReplica
 
 #: Receives the name of each phase as it begins.
 PhaseListener = Callable[[str], None]
 
 
 @contextlib.contextmanager
-def running_deployment(config: DeploymentConfig, on_phase: PhaseListener) -> Iterator[str]:
+def running_deployment(
+    config: DeploymentConfig, on_phase: PhaseListener, *, replica_class: type[EngineReplica] | None = None
+) -> Iterator[str]:
     """Deploy ``config`` and yield its base URL once every replica is ready; shut down what was started on exit.
 
     Joins the cluster at ``RAY_ADDRESS`` if that is set; otherwise starts one on this machine, which ends with
     the ``with`` block.
 
+    Args:
+        config: What to run.
+        on_phase: Hears of each phase of the start.
+        replica_class: Runs the engines, if not :class:`EngineReplica`; for tests and benchmarks.
+
     Raises:
         RuntimeError: A replica failed to start; Serve's message says why.
     """
-    apply_process_environment()
+    with tempfile.TemporaryDirectory(prefix="wg-proxy-", ignore_cleanup_errors=True) as folder:
+        apply_process_environment(proxy_environment(config.http.proxy, Path(folder)))
+        yield from _run(config, on_phase, replica_class)
+
+
+def _run(config: DeploymentConfig, on_phase: PhaseListener, replica_class: type[EngineReplica] | None) -> Iterator[str]:
     on_phase("starting Ray")
     import ray
 
@@ -47,11 +65,12 @@ def running_deployment(config: DeploymentConfig, on_phase: PhaseListener) -> Ite
 
     from cluster.serving.application import build
 
+    application = build(config.to_dict(), *([] if replica_class is None else [replica_class]))
     try:
         on_phase("starting Serve")
         proxy = _begin_serve(config)
         on_phase("starting replicas")
-        serve.run(build(config.to_dict()), name=config.name, route_prefix="/", logging_config=_quiet())
+        serve.run(application, name=config.name, route_prefix="/", logging_config=_quiet())
         proxy.result()
         yield f"http://{config.http.host}:{config.http.port}"
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
@@ -23,6 +23,9 @@ from workers.errors import EngineDeadError, UserError
 from workers.outputs import TokenChunk
 from workers.scheduler.prefix_journal import PrefixChanges
 from workers.startup.account import StartupAccount
+
+if TYPE_CHECKING:
+    from workers.engine.engine import Engine
 
 logger = logging.getLogger("ray.serve")
 
@@ -58,7 +61,7 @@ class EngineReplica:
         self._owners: dict[str, str] = {}
         self._prefixes = PrefixIndex()
         self._thread = EngineThread(
-            lambda: start_engine(self._config, account), self._on_step, self._on_death, self._on_prefix_changes
+            lambda: self._make_engine(account), self._on_step, self._on_death, self._on_prefix_changes
         )
         self._engine = self._thread.wait_ready()  # for reading only
         self._max_num_seqs = self._config.max_num_seqs
@@ -130,6 +133,10 @@ class EngineReplica:
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
         self._raise_if_dead()
+
+    def _make_engine(self, account: StartupAccount) -> Engine:
+        """Build the engine; called on its thread."""
+        return start_engine(self._config, account)
 
     def _raise_if_dead(self) -> None:
         if self._thread.death is not None:

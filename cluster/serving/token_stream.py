@@ -14,30 +14,35 @@ from workers.outputs import TokenChunk
 class TokenStream:
     """The chunks of one attempt, waiting for their reader."""
 
-    __slots__ = ("_changed", "_chunks", "_error")
+    __slots__ = ("_chunks", "_error", "_reader")
 
     def __init__(self) -> None:
         self._chunks: list[TokenChunk] = []
         self._error: Exception | None = None
-        self._changed = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, chunk: TokenChunk) -> None:
         """Add what a step brought."""
         self._chunks.append(chunk)
-        self._changed.set()
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         """End the stream: the reader gets what is there, then the error."""
         self._error = error
-        self._changed.set()
+        self._wake()
 
     async def get(self) -> list[TokenChunk]:
         """All chunks that arrived since the last call; waits for at least one, raises what :meth:`fail` was given."""
-        await self._changed.wait()
-        if self._chunks:
-            chunks, self._chunks = self._chunks, []
+        if not self._chunks:
             if self._error is None:
-                self._changed.clear()
-            return chunks
-        assert self._error is not None
-        raise self._error
+                self._reader = asyncio.get_running_loop().create_future()
+                await self._reader
+            if not self._chunks:
+                assert self._error is not None
+                raise self._error
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
