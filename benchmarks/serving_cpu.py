@@ -14,15 +14,18 @@ import json
 import platform
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
-import httpx
 import psutil
 import torch
+
+from cluster.bench.client import Target
+from cluster.bench.driver import run_load
+from cluster.bench.report import summarize
+from cluster.bench.workload import Lengths, Workload
 
 _MODEL = "smollm2-135m-instruct"
 _PROMPT_TOKENS = 128
@@ -50,11 +53,11 @@ def main() -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         phases = _read_phases(process)
-        url = f"http://127.0.0.1:{args.port}/v1/completions"
+        url = f"http://127.0.0.1:{args.port}"
         ready = time.perf_counter() - started
-        asyncio.run(_stream(httpx.AsyncClient(timeout=600), url, 0, 1))
+        _load(url, 1, 1)
         first_token = time.perf_counter() - started
-        rows = [asyncio.run(_measure(url, streams)) for streams in args.streams]
+        rows = [_measure(url, streams) for streams in args.streams]
         memory = _memory_mib(process.pid)
     finally:
         process.send_signal(signal.SIGINT)
@@ -89,50 +92,24 @@ def _read_phases(process: subprocess.Popen[str]) -> dict[str, float]:
     raise SystemExit(f"warmgraph serve ended with status {process.wait()}")
 
 
-async def _stream(client: httpx.AsyncClient, url: str, seed: int, max_tokens: int) -> tuple[float, float, int]:
-    """One streamed completion: seconds to the first token, seconds in all, chunks."""
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(100, 40000, (_PROMPT_TOKENS,), generator=generator).tolist()
-    body = {
-        "model": _MODEL,
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    started = time.perf_counter()
-    first, tokens = 0.0, 0
-    async with client.stream("POST", url, json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line[len("data: ") :])
-            if event["choices"] and not first:
-                first = time.perf_counter() - started
-            if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
-    assert tokens == max_tokens, f"{tokens} tokens instead of {max_tokens}"
-    return first, time.perf_counter() - started, tokens
+def _load(url: str, streams: int, output_tokens: int) -> dict[str, Any]:
+    """Send ``streams`` requests at once; what :func:`summarize` says of them."""
+    lengths = Lengths(_PROMPT_TOKENS, _PROMPT_TOKENS), Lengths(output_tokens, output_tokens)
+    workload = Workload(*lengths, vocab_size=40000, seed=streams)
+    target = Target(url, _MODEL, "completions", {"temperature": 0, "ignore_eos": True}, {})
+    summary = summarize(*asyncio.run(run_load(target, workload.requests(streams), None, 600.0)))
+    assert not summary["errors"], summary["errors"]
+    assert summary["output_tokens"] == streams * output_tokens
+    return summary
 
 
-async def _measure(url: str, streams: int) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
-        started = time.perf_counter()
-        results = await asyncio.gather(
-            *(_stream(client, url, 1000 * streams + number, _OUTPUT_TOKENS) for number in range(streams))
-        )
-        seconds = time.perf_counter() - started
+def _measure(url: str, streams: int) -> dict[str, Any]:
+    summary = _load(url, streams, _OUTPUT_TOKENS)
     row = {
         "streams": streams,
-        "tokens_per_s": round(sum(tokens for _, _, tokens in results) / seconds, 1),
-        "ttft_ms": round(statistics.median(first for first, _, _ in results) * 1e3, 1),
-        "inter_token_ms": round(
-            statistics.median((total - first) / (_OUTPUT_TOKENS - 1) for first, total, _ in results) * 1e3, 2
-        ),
+        "tokens_per_s": summary["output_tokens_per_s"],
+        "ttft_ms": summary["ttft_ms"]["p50"],
+        "inter_token_ms": summary["inter_token_ms"]["mean"],
     }
     print(row, flush=True)
     return row
