@@ -81,6 +81,8 @@ def _print(reports: dict[str, dict[str, dict[str, Any]]]) -> None:
 def _print_report(console: Console, report: dict[str, Any]) -> None:
     if report["mode_reason"] is not None:
         console.print(report["mode_reason"])
+    elif report["mode"] == "NONE":
+        console.print("graphs are off, as they are by default on a CPU; set compilation_config.cudagraph_mode")
     if report["graphs"]:
         console.print(f"sizes: {report['sizes_from']}: {', '.join(map(str, report['capture_sizes']))}")
         console.print(_graph_table(report["graphs"]))

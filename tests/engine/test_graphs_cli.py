@@ -59,6 +59,8 @@ def test_graphs_that_are_off_say_so(config: Path) -> None:
     output = show(config, "--model", "one", "--set", "models.0.engine.enforce_eager=true")
     assert "enforce_eager turns graphs off" in output
     assert "captured: none" in output
+    output = show(config, "--model", "one", "--set", "models.0.engine.compilation_config.cudagraph_mode=null")
+    assert "set compilation_config.cudagraph_mode" in output
 
 
 @pytest.mark.parametrize(
