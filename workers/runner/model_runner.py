@@ -6,8 +6,10 @@ decided by the scheduler.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from workers.artifacts.library import ArtifactLibrary
 from workers.attention.selector import make_backend
 from workers.config import EngineConfig
+from workers.errors import ConfigError
 from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, HistogramStore
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.kernels import gpu_linear
@@ -31,6 +34,7 @@ from workers.runner.device import resolve_device, resolve_dtype
 from workers.runner.graphed_model import GraphedModel
 from workers.runner.input_batch import InputBatch, StepInputs
 from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sampled_logprobs
+from workers.runner.memory_plan import UNMEASURED_GRAPH_BYTES, MemoryPlan, MemoryPlanShelf, kv_cache_bytes
 from workers.runner.slots import SlotTable
 from workers.sampling.logprobs import LogprobsTensors
 from workers.sampling.sampler import Sampler
@@ -134,7 +138,7 @@ class ModelRunner:
             torch.empty(1, device=self.device)  # brings the device up
         dtype = resolve_dtype(config.dtype, model_config, self.device)
         self.pipeline_depth = 2 if self.device.type == "cuda" else 1
-        with account.phase("weights") as weights:
+        with account.phase("weights") as weights, _out_of_memory("the weights", "the model's size or its dtype"):
             self.model = load_model(
                 folder, model_config, dtype, self.device, config.load_format, config.seed, max_model_len=max_model_len
             )
@@ -149,17 +153,19 @@ class ModelRunner:
         self._copies = HostCopies(config.max_num_seqs, self.device)
         self._sampling = SamplingState(config.max_num_seqs, model_config.vocab_size, self.device)
         self._sampler = Sampler(self._sampling)
+        self.bundle_key = engine_key(
+            config, model_config, dtype=dtype, device=self.device, max_model_len=max_model_len, backend=self.backend
+        )
+        self._memory_plans = MemoryPlanShelf(self.library, self.bundle_key, config)
         with account.phase("profile"):
+            self._memory_plan = self._plan_memory()
             self.num_blocks = self._plan_blocks(model_config.num_hidden_layers, max_model_len)
-        with account.phase("KV cache") as phase:
+        with account.phase("KV cache") as phase, _out_of_memory("the KV cache", "gpu_memory_utilization"):
             self._kv_caches = kv_cache.allocate_kv_caches(
                 self.backend, model_config.num_hidden_layers, self.num_blocks, self.device
             )
             phase.num_bytes = sum(cache.nbytes for cache in self._kv_caches)
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
-        self.bundle_key = engine_key(
-            config, model_config, dtype=dtype, device=self.device, max_model_len=max_model_len, backend=self.backend
-        )
         with account.phase("compile"):
             self._graphs = GraphedModel(
                 config,
@@ -175,6 +181,7 @@ class ModelRunner:
             )
         with account.phase("capture"):
             self._graphs.capture_first_set()
+        self._keep_memory_plan()
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> PendingStep:
@@ -261,12 +268,43 @@ class ModelRunner:
             return self.model.compute_logits(hidden_TE[: len(inputs.sampled)])
         return self.model.compute_logits(hidden_TE.index_select(0, inputs.last_rows_R))
 
+    def _plan_memory(self) -> MemoryPlan | None:
+        """Needs beside weights and KV cache: kept ones if they apply, else measured ones; None on a CPU."""
+        if self.device.type != "cuda" or self._sizes_cache_by_config:
+            return None
+        free, _ = self._memory()
+        stored = self._memory_plans.load()
+        if stored is not None and stored.applies(free):
+            logger.info("memory plan: kept from an earlier start")
+            return stored
+        with _out_of_memory("the largest step", "max_num_batched_tokens"):
+            peak_activations = self._peak_activations()
+        return MemoryPlan(peak_activations, UNMEASURED_GRAPH_BYTES, free)
+
+    def _keep_memory_plan(self) -> None:
+        """Replace the guess for captured graphs by what they hold, and keep the plan if it is a new one."""
+        plan, graph_bytes = self._memory_plan, self._graphs.report().memory_bytes
+        if plan is not None and plan.graph_bytes != graph_bytes:
+            self._memory_plan = dataclasses.replace(plan, graph_bytes=graph_bytes)
+            self._memory_plans.save(self._memory_plan)
+
+    @property
+    def _sizes_cache_by_config(self) -> bool:
+        return self.config.num_gpu_blocks_override is not None or self.config.kv_cache_memory_bytes is not None
+
     def _plan_blocks(self, num_layers: int, max_model_len: int) -> int:
-        profile = None
-        if self.device.type == "cuda":
-            profile = kv_cache.cuda_memory_profile(self.config, self.device, self._peak_activations())
+        available = None
+        if self._memory_plan is not None:
+            free, total = self._memory()
+            available = kv_cache_bytes(self.config.gpu_memory_utilization, total, free, self._memory_plan)
         per_block = kv_cache.block_bytes(self.backend, num_layers)
-        return kv_cache.plan_num_blocks(self.config, per_block, max_model_len, profile)
+        return kv_cache.plan_num_blocks(self.config, per_block, max_model_len, available)
+
+    def _memory(self) -> tuple[int, int]:
+        """Free and total bytes of the device; what PyTorch caches for reuse is free."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + cached, total
 
     def _peak_activations(self) -> int:
         """Bytes that the largest step needs above the weights, from a forward without a cache."""
@@ -283,3 +321,12 @@ class ModelRunner:
         del hidden_TE, logits_RV
         torch.cuda.empty_cache()
         return peak
+
+
+@contextlib.contextmanager
+def _out_of_memory(what: str, lower: str) -> Iterator[None]:
+    """Turn the device's refusal into a sentence that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"The device has no memory for {what}; lower {lower}. ({error})") from None
