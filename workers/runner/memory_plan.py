@@ -81,8 +81,8 @@ def kv_cache_bytes(utilization: float, total: int, free: int, plan: MemoryPlan) 
         raise ConfigError(
             f"gpu_memory_utilization={utilization} leaves no memory for the KV cache: weights and others take "
             f"{used / 2**30:.1f} of {total / 2**30:.1f} GiB, the largest step {plan.peak_activations / 2**30:.1f} and "
-            f"captured graphs {plan.graph_bytes / 2**30:.1f}; raise it, free the device, or lower max_num_batched_tokens or "
-            "max_cudagraph_capture_size.",
+            f"captured graphs {plan.graph_bytes / 2**30:.1f}; raise it, free the device, or lower "
+            "max_num_batched_tokens or max_cudagraph_capture_size.",
             param="gpu_memory_utilization",
         )
     return available
