@@ -1,4 +1,4 @@
-"""Decode step, time to first token and a mixed load through the offline ``LLM`` front; a rival runs by swapping the import.
+"""Decode step, first token and a mixed load through the offline ``LLM`` front; a rival runs by swapping the import.
 
     python -m benchmarks.offline --engine warmgraph --shape llama-1b --batch 1 8 32
     python -m benchmarks.offline --engine vllm --shape llama-1b --batch 1 8 32 --ttft 128 1024 8192 --mixed 64
