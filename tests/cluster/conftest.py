@@ -15,10 +15,10 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import pytest
 import yaml
 
+from tests.cluster.chaos import engine_pids, replica_pids
 from tests.model_fixtures import write_tiny_gguf
 from workers.checkpoint.convert import convert_gguf
 
@@ -48,11 +48,11 @@ class Deployment:
 
     def engine_pids(self) -> list[int]:
         """Processes of the engine replicas."""
-        return [
-            process.pid
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if "ServeReplica" in (name := " ".join(_cmdline(process))) and "engine-" in name
-        ]
+        return engine_pids(self.process.pid)
+
+    def pids(self, part: str) -> list[int]:
+        """Serve replicas' processes whose command has ``part`` in it."""
+        return replica_pids(self.process.pid, part)
 
     def metric(self, name: str) -> dict[str, float]:
         """One metric's values by its ``replica`` label."""
@@ -73,13 +73,6 @@ class Deployment:
                 return
             time.sleep(0.2)
         raise AssertionError(f"health never became {condition!r}: {answer}")
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
 
 
 def free_port() -> int:
@@ -116,7 +109,7 @@ def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
                 "replicas": {
                     "num_replicas": 2,
                     "num_cpus": 0.1,
-                    "max_queued_requests": 24,
+                    "max_queued_requests": 48,
                     "health_check_period_s": 1,
                     "health_check_timeout_s": 3,
                     "heartbeat_timeout_s": 4,
