@@ -41,6 +41,12 @@ def make_llm(artifacts: dict[str, Any] | None = None, **compilation: Any) -> LLM
     )
 
 
+@pytest.fixture(autouse=True)
+def no_captures_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured must not depend on how long a test takes; one test turns them on."""
+    monkeypatch.setattr(pacing, "MIN_PAUSE_S", 1e9)
+
+
 def tokens(llm: LLM) -> list[list[int]]:
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], PARAMS, use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs]
