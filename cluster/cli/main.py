@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from cluster.cli import analyze as analyze_command
+from cluster.cli import artifacts as artifacts_command
 from cluster.cli import bench as bench_command
 from cluster.cli import compile as compile_command
 from cluster.cli import config as config_command
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.command("serve")(serve_command.serve)
 app.command("diagnose")(diagnose_command.diagnose)
 app.add_typer(analyze_command.app)
+app.add_typer(artifacts_command.app)
 app.add_typer(bench_command.app)
 app.add_typer(bench_command.app)
 app.add_typer(compile_command.app)

@@ -18,17 +18,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from workers.artifacts.archives import check_zip, is_zip
 from workers.artifacts.bundle import Bundle, unite
 from workers.artifacts.counters import ArtifactCounters
 from workers.artifacts.digest import sha256
 from workers.artifacts.errors import Refusal, RefusedError, StoreError
 from workers.artifacts.explain import Explanation, explain
 from workers.artifacts.key import BundleKey
-from workers.artifacts.manifest import MAX_MANIFEST_BYTES, PAYLOAD_TYPE, Entry, Kind, Manifest
+from workers.artifacts.manifest import PAYLOAD_TYPE, Entry, Kind, Manifest
 from workers.artifacts.names import BUNDLES, USES, blob_name, key_of, last_part, manifest_prefix
 from workers.artifacts.quarantine import MAX_CODE_FAULTS, FailureMark, MarkBoard, code_faults
-from workers.artifacts.signing import seal, unseal
+from workers.artifacts.reader import VerifiedReader
+from workers.artifacts.signing import seal
 from workers.artifacts.stores.base import ArtifactStore, StoredObject
 from workers.artifacts.stores.factory import open_store
 from workers.artifacts.stores.memory import MemoryStore
@@ -48,9 +48,6 @@ def _version() -> str:
 
 #: Stands in every manifest that this code writes.
 CREATOR = f"warmgraph {_version()}"
-
-#: Manifests of one key that are looked at, the newest first; one is normal.
-_MAX_MANIFESTS = 64
 
 #: Bundles that a missing one is compared with, the newest first.
 _MAX_CANDIDATES = 64
@@ -120,6 +117,8 @@ class ArtifactLibrary:
 
     Attributes:
         counters: Kept up to date.
+        reader: Reads manifests and blobs and marks nothing.
+        marks: Of the fleet.
     """
 
     def __init__(
@@ -129,6 +128,7 @@ class ArtifactLibrary:
         self.trust = trust
         self.config = config
         self.counters = counters or ArtifactCounters()
+        self.reader = VerifiedReader(store, trust, config)
         self.marks = MarkBoard(store)
 
     @classmethod
@@ -158,7 +158,7 @@ class ArtifactLibrary:
         """Look for a bundle and verify its manifests; fetches no blob."""
         started = time.perf_counter()
         try:
-            lookup = self._open(key.digest)
+            lookup = self.open_digest(key.digest)
             if lookup.bundle is None:
                 lookup = dataclasses.replace(lookup, explanation=self.explain(key))
         except StoreError as error:
@@ -184,8 +184,10 @@ class ArtifactLibrary:
             StoreError: The store is in trouble.
         """
         try:
-            data = self._verified_blob(entry)
+            data = self.reader.blob(entry)
         except RefusedError as error:
+            if error.reason is Refusal.DAMAGED_BLOB:
+                self._remove_damaged(entry)
             self.quarantine(bundle, error.reason, f"{entry.kind} {entry.name}: {error}")
             raise
         self.counters.num_fetched += 1
@@ -251,29 +253,21 @@ class ArtifactLibrary:
             for _, manifest in self._newest_manifests():
                 graph = manifest.factors["graph"]
                 if manifest.key != key.digest and {name: graph.get(name) for name in wanted} == wanted:
-                    bundle = self._open(manifest.key).bundle
+                    bundle = self.open_digest(manifest.key).bundle
                     yield from ((bundle, entry) for entry in bundle.find(Kind.PIECE)) if bundle else ()
         except StoreError as error:
             logger.warning("artifact store: %s", error)
 
-    def manifests(self, key: str) -> Iterator[tuple[StoredObject, Manifest | RefusedError]]:
-        """Every manifest of a key, or why it is not used; marks are not looked at.
+    def open_digest(self, key: str) -> Lookup:
+        """As :meth:`open`, for a key of which only the digest is known; says nothing of the nearest bundle.
 
         Raises:
             StoreError: The store is in trouble.
         """
-        newest = sorted(self.store.list(manifest_prefix(key)), key=lambda item: -item.modified_s)
-        for item in newest[:_MAX_MANIFESTS]:
-            try:
-                yield item, self._verified_manifest(item, key)
-            except RefusedError as error:
-                yield item, error
-
-    def _open(self, key: str) -> Lookup:
         marks = {mark.manifest: mark for mark in self.marks.quarantined(key)}
         good: dict[str, Manifest] = {}
         num_refused = 0
-        for item, found in self.manifests(key):
+        for item, found in self.reader.manifests(key):
             if last_part(item.name) in marks:
                 continue
             if isinstance(found, Manifest):
@@ -294,33 +288,10 @@ class ArtifactLibrary:
             return Lookup(Outcome.QUARANTINED, bad_blobs=bad_blobs)
         return Lookup(Outcome.REFUSED if num_refused else Outcome.ABSENT)
 
-    def _verified_manifest(self, item: StoredObject, key: str) -> Manifest:
-        envelope = self.store.get(item.name, MAX_MANIFEST_BYTES)
-        if envelope is None:
-            raise RefusedError(Refusal.MISSING_BLOB, "It was removed while it was being looked at.")
-        if sha256(envelope) != last_part(item.name):
-            raise RefusedError(Refusal.MALFORMED, "Its bytes are not those that its name stands for.")
-        payload, _ = unseal(envelope, PAYLOAD_TYPE, self.trust.keys, allow_unsigned=self.trust.allows_unsigned)
-        return Manifest.from_payload(payload, key)
-
-    def _verified_blob(self, entry: Entry) -> bytes:
-        name = blob_name(entry.sha256)
-        if entry.num_bytes > self.config.max_blob_bytes:
-            raise RefusedError(Refusal.TOO_LARGE, f"It has {entry.num_bytes} bytes, above max_blob_bytes.")
-        data = self.store.get(name, entry.num_bytes)
-        if data is None:
-            raise RefusedError(Refusal.MISSING_BLOB, "It is not in the store.")
-        if len(data) != entry.num_bytes or sha256(data) != entry.sha256:
-            self._remove_damaged(name)
-            raise RefusedError(Refusal.DAMAGED_BLOB, "Its bytes are not those that were signed.")
-        if is_zip(data):
-            check_zip(data, self.config.max_unpacked_bytes)
-        return data
-
-    def _remove_damaged(self, name: str) -> None:
+    def _remove_damaged(self, entry: Entry) -> None:
         """So that whoever builds it again can write it."""
         try:
-            self.store.delete(name)
+            self.store.delete(blob_name(entry.sha256))
         except StoreError as error:
             logger.warning("the damaged blob stays in the store: %s", error)
 
@@ -369,7 +340,7 @@ class ArtifactLibrary:
                 newest[key_of(item.name)] = item
         for key, item in sorted(newest.items(), key=lambda pair: -pair[1].modified_s)[:_MAX_CANDIDATES]:
             try:
-                yield key, self._verified_manifest(item, key)
+                yield key, self.reader.manifest(item, key)
             except RefusedError:
                 continue
 

@@ -34,7 +34,7 @@ _COMPILER_PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TRITO
 
 #: Names of instruction sets in /proc/cpuinfo, on x86 and on Arm; the other flags there say nothing of generated code.
 _INSTRUCTION_SET = re.compile(
-    r"(sse|ssse|avx|amx|fma|bmi|f16c|gfni|vaes|vpclmul|sha|adx|movbe|popcnt|abm|asimd|sve|sme|bf16|i8mm|atomics|fphp)"
+    r"(sse|ssse|avx|amx|fma|bmi|f16c|gfni|vaes|vpclmul|sha|adx|movbe|popcnt|abm|asimd|sve|sme(?!p)|bf16|i8mm|atomics|fphp)"
 )
 
 #: Switches that say where things lie, how fast they are made, or what is printed; none of them changes the code.
