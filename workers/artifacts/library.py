@@ -174,7 +174,7 @@ class ArtifactLibrary:
 
     def peek(self, key: BundleKey) -> Bundle | None:
         """:meth:`open` for whoever wants something small beside the pieces: a miss is not counted, nor explained."""
-        return self._open(key.digest).bundle
+        return self.open_digest(key.digest).bundle
 
     def read(self, bundle: Bundle, entry: Entry) -> bytes:
         """The bytes of an entry, compared with its digest.
