@@ -235,6 +235,7 @@ def test_a_store_in_trouble_is_an_outcome(reading: bool, caplog: pytest.LogCaptu
     assert library.open(KEY).outcome is (Outcome.UNAVAILABLE if reading else Outcome.HIT)
     assert library.publish(KEY, [PLAN]) is None
     assert library.recent_failure(KEY) is None
+    assert (library.peek(KEY) is None) is reading
     assert "not published: disk full" in caplog.text
     assert make_library(inner, signer=SIGNER).open(BundleKey({})).outcome is not Outcome.HIT
 

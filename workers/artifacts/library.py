@@ -174,7 +174,11 @@ class ArtifactLibrary:
 
     def peek(self, key: BundleKey) -> Bundle | None:
         """:meth:`open` for whoever wants something small beside the pieces: a miss is not counted, nor explained."""
-        return self.open_digest(key.digest).bundle
+        try:
+            return self.open_digest(key.digest).bundle
+        except StoreError as error:
+            logger.warning("artifact store: %s", error)
+            return None
 
     def read(self, bundle: Bundle, entry: Entry) -> bytes:
         """The bytes of an entry, compared with its digest.
