@@ -68,6 +68,10 @@ class CompilationConfig(pydantic.BaseModel):
             return self.mode
         return CompilationMode.VLLM_COMPILE if device_type == "cuda" else CompilationMode.NONE
 
+    def all_sizes(self) -> list[int | None]:
+        """Batch sizes that pieces are built for: None, which stands for every size, and ``compile_sizes``."""
+        return [None, *sorted(set(self.compile_sizes))]
+
     def piece_formats(self, device_type: str) -> tuple[str, ...]:
         """Piece formats for a kind of device: the best one to load first, the one to build last."""
         if self.piece_format != "auto":
@@ -124,6 +128,9 @@ class ArtifactConfig(pydantic.BaseModel):
             trusts what was checked when it was built.
         self_check_timeout_s: After this time the check has failed.
         failure_ttl_s: How long a failed build keeps every replica from trying again.
+        build_wait_s: Of several replicas that miss the same bundle one builds it. The others wait for it this long, and
+            then build for themselves.
+        serve_meanwhile: Do not wait for a build, one's own or another's, but serve eagerly until it is there.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -142,6 +149,8 @@ class ArtifactConfig(pydantic.BaseModel):
     self_check: Literal["node", "off"] = "node"
     self_check_timeout_s: float = pydantic.Field(default=120.0, gt=0)
     failure_ttl_s: float = pydantic.Field(default=3600.0, gt=0)
+    build_wait_s: float = pydantic.Field(default=300.0, ge=0)
+    serve_meanwhile: bool = False
 
 
 class EngineConfig(pydantic.BaseModel):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from cluster.leases.client import ClusterLeases
 from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
 from cluster.serving.outbox import Outbox
@@ -136,7 +137,7 @@ class EngineReplica:
 
     def _make_engine(self, account: StartupAccount) -> Engine:
         """Build the engine; called on its thread."""
-        return start_engine(self._config, account)
+        return start_engine(self._config, account, ClusterLeases())
 
     def _raise_if_dead(self) -> None:
         if self._thread.death is not None:

@@ -25,7 +25,7 @@ class Shelf:
         self.num_builds = 0
         self._build = build
 
-    def work(self, publish: Callable[[str], object] | None = None) -> Work[str]:
+    def work(self, publish: Callable[[str], None] | None = None) -> Work[str]:
         return Work("thing", self._find, self._count, publish or self.published.append)
 
     def _find(self) -> str | None:

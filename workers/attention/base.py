@@ -123,6 +123,17 @@ class AttentionBackend(abc.ABC):
         s = self.spec
         return (2, num_blocks, s.block_size, s.num_kv_heads, s.head_dim)
 
+    def warmup(self, rope: Rope | None = None) -> dict[str, str]:
+        """Compile what a forward needs, ahead of the first one; by default there is nothing to compile.
+
+        Args:
+            rope: For forwards with arguments like these.
+
+        Returns:
+            Hashes of what was compiled, by name.
+        """
+        return {}
+
     @abc.abstractmethod
     def build_metadata(self, geometry: BatchGeometry) -> Any:
         """Turn the step's geometry into what :meth:`forward` wants; called once a step, before the model."""

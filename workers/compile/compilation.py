@@ -14,20 +14,22 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from workers.artifacts.errors import Refusal, RefusedError, StoreError
+from workers.artifacts.errors import RefusedError, StoreError
 from workers.artifacts.key import BundleKey
-from workers.artifacts.library import ArtifactLibrary, Lookup, Outcome
+from workers.artifacts.library import ArtifactLibrary, Lookup
 from workers.compile import torch_compat
 from workers.compile.counters import CompileCounters
 from workers.compile.decorator import dynamic_arg_dims
-from workers.compile.errors import BuildFailedError, CompileError, PlanMismatchError, UnlinkablePieceError
+from workers.compile.errors import BuildFailedError, CompileError, UnlinkablePieceError
 from workers.compile.formats.base import make_format
 from workers.compile.key import PIECE_SECTIONS, inductor_options
 from workers.compile.passes.standard import standard_passes
-from workers.compile.piece_set import PieceSet, additions, build_of, read_plan
+from workers.compile.piece_set import PieceSet, additions, build_of
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
+from workers.compile.stored import StoredPieces
 from workers.config import CompilationConfig
+from workers.startup.account import StartupAccount
 
 if TYPE_CHECKING:
     from workers.compile.compiler import SplitModel
@@ -68,9 +70,7 @@ class PieceCompilation:
     Args:
         model: See :func:`workers.compile.compile_model`, as for the rest.
         key: Under which its bundle is kept.
-
-    Attributes:
-        lookup: The library's last answer; None before :meth:`find`.
+        account: Where a start is written down.
     """
 
     def __init__(
@@ -82,35 +82,29 @@ class PieceCompilation:
         library: ArtifactLibrary,
         key: BundleKey,
         counters: CompileCounters | None = None,
+        account: StartupAccount | None = None,
     ) -> None:
         self.library = library
         self.key = key
-        self.sizes: list[int | None] = [None, *sorted(set(config.compile_sizes))]
-        self.lookup: Lookup | None = None
+        self.sizes = config.all_sizes()
         self._model = model
         self._config = config
         self._example_args = example_args
         self._splitting_ops = splitting_ops
         self._formats = config.piece_formats(next(iter(example_args.values())).device.type)
+        self._stored = StoredPieces(library, key, self._formats, self.sizes)
         self._counters = counters if counters is not None else CompileCounters()
+        self._account = account or StartupAccount()
+
+    @property
+    def lookup(self) -> Lookup | None:
+        """The library's last answer; None before :meth:`find`."""
+        return self._stored.lookup
 
     def find(self) -> PieceSet | None:
-        """The pieces, if the library has all that this replica loads. Trouble with the store counts as a miss.
-
-        Raises:
-            BuildFailedError: What was built for this key was wrong twice, and nobody builds it again.
-        """
-        plan, lookup = self._stored()
-        if lookup.outcome is Outcome.BLOCKED:
-            raise BuildFailedError(
-                f"What was built for key {self.key.digest[:16]} was wrong twice; see `warmgraph artifacts quarantine`."
-            )
-        if plan is None:
-            return None
-        for name in self._formats:
-            if all(name in plan.formats(size) for size in self.sizes):
-                return PieceSet(plan, name, self.library, lookup.bundle, is_warm=True)
-        return None
+        """See :meth:`StoredPieces.find`."""
+        with self._account.phase("find"):
+            return self._stored.find()
 
     def build(self, piece_format: str | None = None) -> PieceSet:
         """Trace, and compile what neither the bundle nor any other bundle of equal conditions has.
@@ -158,20 +152,7 @@ class PieceCompilation:
 
     def stored_plan(self) -> Plan | None:
         """The plan with all its builds, if the library has it."""
-        return self._stored()[0]
-
-    def _stored(self) -> tuple[Plan | None, Lookup]:
-        """The plan, and the answer that it came with."""
-        self.lookup = lookup = self.library.open(self.key)
-        if lookup.bundle is None:
-            return None, lookup
-        try:
-            return read_plan(self.library, lookup.bundle), lookup
-        except PlanMismatchError as error:
-            self.library.quarantine(lookup.bundle, Refusal.STRUCTURE, str(error))
-        except (RefusedError, StoreError) as error:
-            logger.warning("the plan of key %s is not used: %s", self.key.digest[:16], error)
-        return None, lookup
+        return self._stored.read()[0]
 
     def _build(self, piece_format: str) -> PieceSet:
         wait_for_compiler(only_if_begun=piece_format == "fx")
@@ -181,17 +162,18 @@ class PieceCompilation:
         options, size_options = inductor_options(self._config), self._config.inductor_compile_config_for_sizes
         if piece_format != "fx":
             torch_compat.check_inductor_options([*options, *(size_options or ())])
-        split = self.split()
+        with self._account.phase("trace"):
+            split = self.split()
         self._counters.num_traces += 1
         # Read after the trace: another process may have added builds meanwhile.
-        stored, lookup = self._stored()
+        stored, lookup = self._stored.read()
         pieces = PieceSet(split.plan, piece_format, self.library, lookup.bundle if stored else None)
         if stored is not None:
             for key, record in split.plan.pieces.items():
                 record.builds = stored.pieces[key].builds if key in stored.pieces else []
         self._take_over(pieces, lookup.bad_blobs)
         builder = make_format(piece_format, options, size_options)
-        self._counters.num_compiled += build_pieces(split, builder, pieces.blobs, self.sizes)
+        self._counters.num_compiled += build_pieces(split, builder, pieces.blobs, self.sizes, self._account)
         if not lookup.bad_blobs.isdisjoint(pieces.blobs):
             raise BuildFailedError("What was built is, to the byte, what is in quarantine.")
         pieces.probes = {size: record_probes(split.graphs, size) for size in self.sizes}

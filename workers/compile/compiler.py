@@ -24,6 +24,7 @@ from workers.compile.specialize import specialize
 from workers.compile.split import Region, SplitCall, split
 from workers.compile.trace import TracedModel, trace
 from workers.compile.weights import tensor_spec
+from workers.startup.account import StartupAccount
 
 logger = logging.getLogger(__name__)
 
@@ -74,31 +75,38 @@ def split_model(
 
 
 def build_pieces(
-    split_model: SplitModel, piece_format: PieceFormat, blobs: dict[str, bytes], sizes: Sequence[int | None] = (None,)
+    split_model: SplitModel,
+    piece_format: PieceFormat,
+    blobs: dict[str, bytes],
+    sizes: Sequence[int | None] = (None,),
+    account: StartupAccount | None = None,
 ) -> int:
     """Compile every unique piece, and put the builds into the plan.
 
     Args:
         blobs: Takes the bytes, by their digest.
         sizes: Values of the dynamic dimension to compile for; None stands for all of them.
+        account: Where every build is written down, as part of a start.
 
     Returns:
         How many builds were made; those that the plan has already are kept.
     """
-    num_built = 0
+    num_built, account = 0, account or StartupAccount()
     for key, graph in split_model.graphs.items():
         record = split_model.plan.pieces[key]
         for size in sizes:
             if record.find_build(piece_format.name, size) is not None:
                 continue
+            what = "every size" if size is None else f"size {size}"
             started = time.perf_counter()
-            data = piece_format.build(specialize(graph, size))
+            with account.phase(f"piece {key[:8]}", f"{piece_format.name} for {what}") as phase:
+                data = piece_format.build(specialize(graph, size))
+                phase.num_bytes = len(data)
             seconds = time.perf_counter() - started
             digest = sha256(data)
             blobs[digest] = data
             record.builds.append(Build(piece_format.name, size, digest, len(data), round(seconds, 3)))
             num_built += 1
-            what = "every size" if size is None else f"size {size}"
             logger.info("piece %s for %s: %s, %.2f s, %d bytes", key[:8], what, piece_format.name, seconds, len(data))
     return num_built
 

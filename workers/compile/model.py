@@ -27,11 +27,12 @@ from workers.compile.piece_set import PieceSet
 from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
-from workers.compile.self_check import check_on_node
+from workers.compile.self_check import check_on_node, is_wanted
 from workers.compile.stitch import WrapPiece
 from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
 from workers.modes import CompilationMode
+from workers.startup.account import StartupAccount
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def compile_model(
     library: ArtifactLibrary | None = None,
     key: BundleKey | None = None,
     flight: BuildFlight = build_alone,
+    account: StartupAccount | None = None,
 ) -> CompiledModel:
     """Compile a model as the config says, or load what an earlier process compiled.
 
@@ -121,6 +123,7 @@ def compile_model(
         key: What compiled code depends on (VLLM_COMPILE); None takes what this layer knows, which says nothing of the
             model and so suffices in memory only.
         flight: Decides who of several processes builds.
+        account: Where a start is written down (VLLM_COMPILE).
 
     Raises:
         CompileError: The class is not decorated, a config entry is wrong, or the model does not trace.
@@ -148,10 +151,11 @@ def compile_model(
         return CompiledModel(dynamo, CompileReport(mode, time.perf_counter() - started), counters)
     if key is None:
         key = bundle_key(config, device, dynamic_arg_dims(model), splitting_ops=splitting_ops)
+    account = account or StartupAccount()
     compilation = PieceCompilation(
-        model, config, example_args, splitting_ops, library or ArtifactLibrary.in_memory(), key, counters
+        model, config, example_args, splitting_ops, library or ArtifactLibrary.in_memory(), key, counters, account
     )
-    loading = _Loading(compilation, flight, str(device), wrap_piece, counters)
+    loading = _Loading(compilation, flight, str(device), wrap_piece, counters, account)
     piecewise, pieces = loading.load(weight_names(model))
     return CompiledModel(piecewise, loading.report(pieces, mode, started), counters, pieces.plan)
 
@@ -172,7 +176,9 @@ class _Loading:
         device: str,
         wrap_piece: WrapPiece | None,
         counters: CompileCounters,
+        account: StartupAccount,
     ) -> None:
+        self._account = account
         self._compilation = compilation
         self._flight = flight
         self._device = device
@@ -234,18 +240,20 @@ class _Loading:
     def _load(self, pieces: PieceSet, weights: Mapping[str, torch.Tensor]) -> PiecewiseModel:
         """Everything is fetched and verified, then tried in a child process, and only then loaded here."""
         sizes = self._compilation.sizes
-        pieces.fetch(sizes)
+        with self._account.phase("fetch, verify"):
+            pieces.fetch(sizes)
         if pieces.is_warm:
             self._check(pieces)
         started = time.perf_counter()
         try:
-            return PiecewiseModel(
-                pieces,
-                weights,
-                sizes=[size for size in sizes if size is not None],
-                wrap_piece=self._wrap_piece,
-                counters=self._counters,
-            )
+            with self._account.phase("load"):
+                return PiecewiseModel(
+                    pieces,
+                    weights,
+                    sizes=[size for size in sizes if size is not None],
+                    wrap_piece=self._wrap_piece,
+                    counters=self._counters,
+                )
         except CompileError:
             raise
         except Exception as error:
@@ -256,10 +264,11 @@ class _Loading:
 
     def _check(self, pieces: PieceSet) -> None:
         config = self._compilation.library.config
-        if config.store is None or config.self_check == "off":
+        if not is_wanted(config):
             return
         started = time.perf_counter()
-        check_on_node(pieces, self._compilation.sizes, self._device, config.self_check_timeout_s)
+        with self._account.phase("self-check"):
+            check_on_node(pieces, self._compilation.sizes, self._device, config.self_check_timeout_s)
         self._check_seconds += time.perf_counter() - started
 
     def _quarantine(self, pieces: PieceSet, error: Exception) -> None:

@@ -22,6 +22,7 @@ from workers.artifacts.digest import canonical_json, sha256
 from workers.checkpoint.cache import artifacts_root
 from workers.compile.errors import SelfCheckError
 from workers.compile.piece_set import PieceSet
+from workers.config import ArtifactConfig
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,11 @@ FAILED = "failed"
 _OPERATOR_PACKAGES = ("workers.kernels", "workers.attention")
 
 _CHILD = "workers.compile.self_check_child"
+
+
+def is_wanted(config: ArtifactConfig) -> bool:
+    """Whether pieces are checked: not where nothing comes from a store."""
+    return config.store is not None and config.self_check != "off"
 
 
 def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, timeout_s: float) -> bool:

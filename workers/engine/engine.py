@@ -18,6 +18,7 @@ from workers.engine.output_processor import OutputProcessor
 from workers.engine.stats import EngineStats
 from workers.errors import InvalidRequestError, PromptTooLongError
 from workers.graphs import GraphReport, HistogramStore
+from workers.leases.base import LeaseService
 from workers.model.config import ModelConfig
 from workers.outputs import FinishReason, TokenChunk
 from workers.request import Request
@@ -40,6 +41,7 @@ class Engine:
     Args:
         config: The engine's configuration.
         account: Where this start is written down; None begins an account here.
+        leases: Who of several replicas builds what is missing; None settles that among those that share the store.
         histogram_store: Where the batch sizes seen are kept, for ``cudagraph_capture_sizes: auto``; by default with the
             compiled artifacts.
 
@@ -53,6 +55,7 @@ class Engine:
         config: EngineConfig,
         account: StartupAccount | None = None,
         histogram_store: HistogramStore | None = None,
+        leases: LeaseService | None = None,
     ) -> None:
         self.config = config
         self._account = account = account or StartupAccount.of_process(config.model)
@@ -63,7 +66,9 @@ class Engine:
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = beside(account, "tokenizer", lambda: Tokenizer.from_folder(tokenizer_folder))
-        self.runner = ModelRunner(config, self.model_config, folder, self.max_model_len, account, histogram_store)
+        self.runner = ModelRunner(
+            config, self.model_config, folder, self.max_model_len, account, histogram_store, leases
+        )
         self.tokenizer = None if tokenizer is None else tokenizer.result()
         self.scheduler = Scheduler(
             SchedulerConfig(

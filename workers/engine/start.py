@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from workers.checkpoint.readahead import read_ahead
 from workers.checkpoint.resolve import resolve_model
 from workers.config import EngineConfig
+from workers.leases.base import LeaseService
 from workers.startup.account import StartupAccount
 from workers.startup.beside import beside
 from workers.startup.cuda import device_index, initialize_driver
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     from workers.engine.engine import Engine
 
 
-def start_engine(config: EngineConfig, account: StartupAccount | None = None) -> Engine:
+def start_engine(
+    config: EngineConfig, account: StartupAccount | None = None, leases: LeaseService | None = None
+) -> Engine:
     """Make an engine; see :class:`workers.engine.engine.Engine` for what it raises.
 
     Args:
         account: Of a start that began before; None begins one with this process.
+        leases: See the engine.
     """
     account = account or StartupAccount.of_process()
     account.title = account.title or f"{config.model} on {config.device}"
@@ -37,4 +41,4 @@ def start_engine(config: EngineConfig, account: StartupAccount | None = None) ->
             phase.num_bytes = read_ahead(folder)
     with account.phase("imports"):
         from workers.engine.engine import Engine
-    return Engine(config, account)
+    return Engine(config, account, leases=leases)

@@ -76,13 +76,14 @@ class Work(Generic[T]):
         name: Of the lease.
         find: Looks for the result; None if it is not there, or its store cannot be reached.
         build: Makes it; what it raises goes to the caller, and the lease to somebody else.
-        publish: Lets others find it, if it is not there yet. Called under the lease only. Failing is no reason to fail.
+        publish: Lets others find it, if it is not there yet; False if that was refused. Called under the lease only.
+            Failing is no reason to fail.
     """
 
     name: str
     find: Callable[[], T | None]
     build: Callable[[], T]
-    publish: Callable[[T], object]
+    publish: Callable[[T], bool | None]
 
 
 def single_flight(
@@ -155,7 +156,8 @@ def _publish(work: Work[T], value: T, heartbeat: Heartbeat) -> str | None:
     try:
         if not heartbeat.still_holds():
             return "the lease was taken over while building"
-        work.publish(value)
+        if work.publish(value) is False:
+            return "the store did not take it"
     except Exception as error:
         # Who built it can use it whether or not others will.
         logger.exception("%s was built and could not be published", work.name)

@@ -18,8 +18,9 @@ import torch
 from workers.artifacts.key import BundleKey
 from workers.artifacts.library import ArtifactLibrary
 from workers.attention.base import AttentionBackend, BatchGeometry
+from workers.compile.compilation import BuildFlight
 from workers.compile.errors import BuildFailedError
-from workers.compile.model import CompiledModel, compile_model
+from workers.compile.model import CompiledModel, CompileReport, compile_model
 from workers.compile.stitch import PieceInfo
 from workers.config import EngineConfig
 from workers.graphs import (
@@ -56,6 +57,8 @@ from workers.sampling.logprobs import LogprobsTensors
 from workers.sampling.plan import GREEDY_PLAN, SamplingPlan
 from workers.sampling.sampler import Sampler
 from workers.scheduler.output import SchedulerOutput
+from workers.startup.account import StartupAccount
+from workers.startup.report import LookupRow
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,8 @@ class GraphedModel:
         sampler: Part of a decode step.
         library: Where compiled pieces are looked for and published.
         key: Of their bundle.
+        flight: Decides who of several replicas builds them.
+        account: Where this start is written down.
         histogram_store: Where the batch sizes seen are kept; by default a file of this user's artifact folder.
     """
 
@@ -89,6 +94,8 @@ class GraphedModel:
         sampler: Sampler,
         library: ArtifactLibrary,
         key: BundleKey,
+        flight: BuildFlight,
+        account: StartupAccount,
         histogram_store: HistogramStore | None = None,
     ) -> None:
         self._model = model
@@ -100,7 +107,7 @@ class GraphedModel:
         compilation = config.compilation_config
         self._counters = GraphCounters()
         self._checks_inputs = compilation.debug_graph_inputs
-        self.compiled = self._compile(config, library, key)
+        self.compiled = self._compile(config, library, key, flight, account)
         self._resolution = _resolve(config, self.compiled.mode, backend, self._graph_backend.freezes_context)
         sizes: list[int] = []
         self._traffic, self._sizes_from = Traffic(), "graphs are off"
@@ -209,10 +216,23 @@ class GraphedModel:
             sizes_from=self._sizes_from,
         )
 
-    def _compile(self, config: EngineConfig, library: ArtifactLibrary, key: BundleKey) -> CompiledModel:
+    def release(self) -> None:
+        """Drop every graph: another takes over."""
+        self._traffic.save()
+        self._capturer.clear()
+
+    def _compile(
+        self,
+        config: EngineConfig,
+        library: ArtifactLibrary,
+        key: BundleKey,
+        flight: BuildFlight,
+        account: StartupAccount,
+    ) -> CompiledModel:
         """The model compiled, or as it is if the compiler fails."""
-        example = self._batch.prepare_dummy(num_tokens=2, num_reqs=1, max_query_len=2)
-        example_args = {"input_ids_T": example.input_ids_T, "positions_T": example.positions_T}
+        # Not the batch's buffers: an eager model may be serving from them.
+        ids_T = torch.zeros(2, dtype=torch.int64, device=self._attn_backend.device)
+        example_args = {"input_ids_T": ids_T, "positions_T": ids_T.clone()}
         compilation, compile_mode = config.compilation_config, _compile_mode(config, self._attn_backend.device)
         wanted = _resolve(config, compile_mode, self._attn_backend, self._graph_backend.freezes_context, warns=False)
         wrap_piece = self._wrap_piece if wanted.mode.has_piecewise() else None
@@ -226,12 +246,17 @@ class GraphedModel:
                 wrap_piece=wrap_piece,
                 library=library,
                 key=key,
+                flight=flight,
+                account=account,
             )
         except BuildFailedError as error:
             logger.error("the model runs eagerly: %s", error)
+            account.looked_up(LookupRow("artifacts", False, str(error)))
             return compile_model(self._model, compilation, example_args, enforce_eager=True)
         if compiled.mode is not CompilationMode.NONE:
             logger.info("compiled: %s", compiled.report)
+        if compiled.mode is CompilationMode.VLLM_COMPILE:
+            account.looked_up(_lookup_row(compiled.report))
         return compiled
 
     def _wrap_piece(self, piece: Callable[..., Any], info: PieceInfo) -> CUDAGraphWrapper:
@@ -280,6 +305,14 @@ class GraphedModel:
                     self._run_dummy_decode(mode, descriptor, plan)
             self._budget.note_held(self._graph_backend.bytes_held())
         return True
+
+
+def _lookup_row(report: CompileReport) -> LookupRow:
+    """What the account says of the pieces. What a hit saved is what building took, less what getting them took."""
+    spent_s = report.find_seconds + report.fetch_seconds + report.check_seconds + report.load_seconds
+    reason = "" if report.is_warm else (report.miss or str(report.outcome))
+    saved_s = max(report.saved_seconds - spent_s, 0.0) if report.is_warm else 0.0
+    return LookupRow("artifacts", report.is_warm, reason, report.num_bytes, round(saved_s, 3))
 
 
 def _compile_mode(config: EngineConfig, device: torch.device) -> CompilationMode:

@@ -16,25 +16,31 @@ import torch
 
 from workers.artifacts.library import ArtifactLibrary
 from workers.attention.selector import make_backend
+from workers.compile.compilation import BuildFlight
 from workers.config import EngineConfig
 from workers.errors import ConfigError
 from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, HistogramStore
 from workers.graphs.context import ForwardContext, set_forward_context
 from workers.kernels import gpu_linear
+from workers.leases.base import LeaseService
 from workers.model.config import ModelConfig
+from workers.model.decoder import attention_spec
 from workers.model.loader import load_model
 from workers.modes import CompilationMode
 from workers.outputs import PositionLogprobs
 from workers.request import Request
 from workers.runner import kv_cache
+from workers.runner.ahead import begin_ahead
 from workers.runner.artifacts import engine_key
 from workers.runner.buffers import HostCopies
 from workers.runner.decode_batch import DecodeBatch
 from workers.runner.device import resolve_device, resolve_dtype
+from workers.runner.flight import leases_of
 from workers.runner.graphed_model import GraphedModel
 from workers.runner.input_batch import InputBatch, StepInputs
 from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sampled_logprobs
 from workers.runner.memory_plan import UNMEASURED_GRAPH_BYTES, MemoryPlan, MemoryPlanShelf, kv_cache_bytes
+from workers.runner.serving_model import ServingModel
 from workers.runner.slots import SlotTable
 from workers.sampling.logprobs import LogprobsTensors
 from workers.sampling.sampler import Sampler
@@ -105,6 +111,7 @@ class ModelRunner:
         folder: Its checkpoint.
         max_model_len: Longest context.
         account: Where this start is written down.
+        leases: Who builds what is missing; None settles that among the replicas that share the store's folder.
         histogram_store: Where the batch sizes seen are kept; by default with the artifacts.
 
     Attributes:
@@ -128,6 +135,7 @@ class ModelRunner:
         max_model_len: int,
         account: StartupAccount,
         histogram_store: HistogramStore | None = None,
+        leases: LeaseService | None = None,
     ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
@@ -138,24 +146,28 @@ class ModelRunner:
             torch.empty(1, device=self.device)  # brings the device up
         dtype = resolve_dtype(config.dtype, model_config, self.device)
         self.pipeline_depth = 2 if self.device.type == "cuda" else 1
+        spec = attention_spec(model_config, dtype, config.block_size)
+        self.backend = make_backend(config.attention_backend, spec, self.device)
+        self.bundle_key = engine_key(
+            config, model_config, dtype=dtype, device=self.device, max_model_len=max_model_len, backend=self.backend
+        )
+        ahead = begin_ahead(config, model_config, self.device, self.backend, self.library, self.bundle_key, account)
         with account.phase("weights") as weights, _out_of_memory("the weights", "the model's size or its dtype"):
             self.model = load_model(
                 folder, model_config, dtype, self.device, config.load_format, config.seed, max_model_len=max_model_len
             )
             weights.num_bytes = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
-        with account.phase("attention"):
-            spec = self.model.attention_spec(config.block_size)
-            gpu_linear.prepare(dtype, self.device)
-        self.backend = make_backend(config.attention_backend, spec, self.device)
+        gpu_linear.prepare(dtype, self.device)
         self._slots = SlotTable(config.max_num_seqs, -(-max_model_len // config.block_size))
         self._batch = InputBatch(self._slots, config.max_num_batched_tokens, config.block_size, self.device)
         self._decode_batch = DecodeBatch(self._slots, self._batch)
         self._copies = HostCopies(config.max_num_seqs, self.device)
         self._sampling = SamplingState(config.max_num_seqs, model_config.vocab_size, self.device)
         self._sampler = Sampler(self._sampling)
-        self.bundle_key = engine_key(
-            config, model_config, dtype=dtype, device=self.device, max_model_len=max_model_len, backend=self.backend
-        )
+        with account.phase("wait for what was begun ahead"):
+            # Before memory is measured, of which the process that tries pieces takes some.
+            for task in ahead:
+                task.result()
         self._memory_plans = MemoryPlanShelf(self.library, self.bundle_key, config)
         with account.phase("profile"):
             self._memory_plan = self._plan_memory()
@@ -166,22 +178,15 @@ class ModelRunner:
             )
             phase.num_bytes = sum(cache.nbytes for cache in self._kv_caches)
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
+        self._histogram_store, self._account = histogram_store, account
         with account.phase("compile"):
-            self._graphs = GraphedModel(
-                config,
-                self.model,
-                self.backend,
-                self._kv_caches,
-                self._batch,
-                self._decode_batch,
-                self._sampler,
-                self.library,
-                self.bundle_key,
-                histogram_store,
+            self._serving = ServingModel(
+                config, self._make_graphs, leases or leases_of(config.artifacts), self.device, account
             )
         with account.phase("capture"):
             self._graphs.capture_first_set()
-        self._keep_memory_plan()
+        if not self._serving.is_temporary:
+            self._keep_memory_plan()
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> PendingStep:
@@ -221,11 +226,18 @@ class ModelRunner:
         return PendingStep(requests, host_R, done, logprobs, prompt)
 
     def use_gap(self, idle: bool) -> bool:
-        """Use the gap between two steps, or an idle moment, for one capture; returns whether one was made."""
-        if not idle and not self._graphs.is_gap_due:
+        """Use the gap between two steps, or an idle moment, for one capture; returns whether one was made.
+
+        Compiled pieces that arrived after the start take over here, where no step is half done.
+        """
+        if not idle and not self._serving.is_gap_due:
             return False
         with torch.inference_mode():
-            return self._graphs.use_gap(idle)
+            return self._serving.use_gap(idle)
+
+    @property
+    def _graphs(self) -> GraphedModel:
+        return self._serving.graphs
 
     def save_traffic(self) -> None:
         """Keep the batch sizes seen since the last time."""
@@ -244,6 +256,26 @@ class ModelRunner:
     def graph_report(self) -> GraphReport:
         """What the graph layer captured, replayed and padded so far."""
         return self._graphs.report()
+
+    @torch.inference_mode()
+    def _make_graphs(self, config: EngineConfig, flight: BuildFlight) -> GraphedModel:
+        """May run on a thread of its own."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        return GraphedModel(
+            config,
+            self.model,
+            self.backend,
+            self._kv_caches,
+            self._batch,
+            self._decode_batch,
+            self._sampler,
+            self.library,
+            self.bundle_key,
+            flight,
+            self._account,
+            self._histogram_store,
+        )
 
     def _seat(self, output: SchedulerOutput) -> list[int]:
         """Give newcomers a slot, and free those of requests that left."""
