@@ -67,7 +67,8 @@ def test_graphs_give_the_tokens_of_eager(mode: str, sizes: list[int], eager_toke
     report = llm.engine.runner.graph_report()
     assert report.replays["FULL"] > 0
     assert report.padded_tokens > 0
-    assert report.captured["FULL"] == len(report.graphs)
+    # An engine that runs for longer than the pause between captures also has graphs of other sampling plans.
+    assert report.captured["FULL"] >= len(report.graphs)
 
 
 @pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
