@@ -22,6 +22,7 @@ from cluster.cli import k8s as k8s_command
 from cluster.cli import model as model_command
 from cluster.cli import serve as serve_command
 from cluster.cli import startup as startup_command
+from cluster.cli import verify_graphs as verify_graphs_command
 from workers.errors import UserError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve_command.serve)
 app.command("diagnose")(diagnose_command.diagnose)
+app.command("verify-graphs")(verify_graphs_command.verify_graphs)
 app.add_typer(analyze_command.app)
 app.add_typer(artifacts_command.app)
 app.add_typer(bench_command.app)

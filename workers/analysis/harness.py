@@ -12,11 +12,12 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from workers.artifacts.library import ArtifactLibrary
 from workers.attention.base import PADDING_SLOT, AttentionBackend, BatchGeometry
 from workers.attention.selector import make_backend
 from workers.checkpoint.resolve import resolve_model
@@ -33,6 +34,8 @@ from workers.runner.kv_cache import allocate_kv_caches
 
 #: Runs a forward pass: ``(input_ids_T, positions_T)`` to hidden states or logits.
 Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,6 +108,7 @@ class ModelHarness:
             self.attention, model_config.num_hidden_layers, self.num_blocks, self.device
         )
         self.graph_backend = graph_backend or make_graph_backend(self.device)
+        self._library = ArtifactLibrary.in_memory()
         self._buffers = _Buffers(config, self.blocks_per_seq, self.device)
 
     def compiled(self, config: CompilationConfig, wrap_piece: WrapPiece | None = None) -> CompiledModel:
@@ -116,6 +120,8 @@ class ModelHarness:
                 config,
                 {"input_ids_T": example, "positions_T": example.clone()},
                 wrap_piece=wrap_piece,
+                library=self._library,
+                splitting_ops=self.attention.splitting_ops,
             )
 
     def decode_logits(self, forward: Forward) -> Forward:
@@ -125,11 +131,11 @@ class ModelHarness:
     @torch.inference_mode()
     def run(
         self,
-        forward: Forward,
+        forward: Callable[[torch.Tensor, torch.Tensor], Result],
         batch: Batch,
         mode: CUDAGraphMode = CUDAGraphMode.NONE,
         descriptor: BatchDescriptor | None = None,
-    ) -> torch.Tensor:
+    ) -> Result:
         """One forward pass in a forward context of its own."""
         metadata = self.attention.build_metadata(batch.geometry)
         with set_forward_context(ForwardContext(self.attention, metadata, self.kv_caches, mode, descriptor)):
@@ -137,7 +143,7 @@ class ModelHarness:
 
     def capture(
         self,
-        forward: Forward,
+        forward: Callable[[torch.Tensor, torch.Tensor], Any],
         mode: CUDAGraphMode,
         descriptor: BatchDescriptor,
         batch: Batch | None = None,

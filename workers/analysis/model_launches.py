@@ -172,18 +172,18 @@ def _count(harness: ModelHarness, form: _Form, num_reqs: int, counters: GraphCou
     before = counters.num_replays()
     profiled = profile_work(run, _STEPS, harness.device)
     replays = (counters.num_replays() - before) / _STEPS
-    kernels, graphs = _launched(profiled, replays, form.mode, harness.device)
+    kernels, graphs = _launched(profiled, replays, form.mode, harness)
     return LaunchRow(form.name, form.predicted, kernels, graphs, form.note)
 
 
-def _launched(profiled: WorkProfile, replays: float, mode: CUDAGraphMode, device: torch.device) -> tuple[float, float]:
+def _launched(profiled: WorkProfile, replays: float, mode: CUDAGraphMode, harness: ModelHarness) -> tuple[float, float]:
     """Launches of single kernels and of graphs."""
-    if device.type == "cuda":
+    if harness.device.type == "cuda":
         return profiled.kernel_launches, profiled.graph_launches
     if mode is CUDAGraphMode.NONE:
         return profiled.kernel_launches, 0.0
     # What a replay dispatches again is part of it. Attention alone runs between the pieces.
-    attention = sum(profiled.dispatched[op] for op in ATTENTION_OPS) / _STEPS
+    attention = sum(profiled.dispatched[op] for op in harness.attention.splitting_ops) / _STEPS
     return (attention if mode is CUDAGraphMode.PIECEWISE else 0.0), replays
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from workers.analysis.costs import synchronize
+from workers.analysis.sizes import configured_sizes
 from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.errors import ConfigError
-from workers.graphs.sizes import default_capture_sizes
 from workers.sampling_params import SamplingParams
 
 #: Steps between the last prefill and the first timed step.
@@ -67,14 +67,7 @@ def analysis_config(
 
 def _capture_sizes(config: EngineConfig, batches: Sequence[int]) -> list[int]:
     """Of the sizes that the config captures, those that serve these batches."""
-    compilation = config.compilation_config
-    wanted = compilation.cudagraph_capture_sizes
-    sizes = default_capture_sizes(
-        config.max_num_seqs,
-        config.max_num_batched_tokens,
-        sizes=None if wanted == "auto" else wanted,
-        max_size=compilation.max_cudagraph_capture_size,
-    )
+    sizes = configured_sizes(config)
     return sorted({next((size for size in sizes if size >= batch), sizes[-1]) for batch in batches})
 
 
