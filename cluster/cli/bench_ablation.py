@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cluster.cli.options import ConfigPath, ModelName, Overrides
 from cluster.cli.output import AsJson, PlotPath, parse_sizes, progress, show
-from cluster.cli.plot import Chart, Series
+from cluster.cli.plot import Chart, Series, write_chart
 from cluster.config import DeploymentConfig
 from cluster.environment import apply_process_environment
 
@@ -47,9 +47,12 @@ def ablation(
     with progress() as on_progress:
         report = run_ablation(engine, batches, context, steps_per_round=steps, rounds=rounds, on_progress=on_progress)
     result = {"benchmark": "ablation", "config": str(config), **report.to_dict()}
-    show(result, _parts(report), _chart(report), as_json=as_json, plot=plot)
+    chart = _chart(report)
     if not as_json:
-        print(json.dumps(result))
+        show(result, _parts(report), chart, as_json=False, plot=plot)
+    elif plot is not None:
+        write_chart(chart, plot)
+    print(json.dumps(result | {"chart": chart.to_dict()}))
 
 
 def _parts(report: AblationReport) -> list[Table | str]:
@@ -70,6 +73,7 @@ def _parts(report: AblationReport) -> list[Table | str]:
 
 def _chart(report: AblationReport) -> Chart:
     batches = [row.batch for row in report.attributions]
+    numbers = list(range(len(batches)))
     return Chart(
         title="Decode step by layer",
         x_label="batch size",
@@ -77,7 +81,7 @@ def _chart(report: AblationReport) -> Chart:
         kind="bars",
         categories=[str(batch) for batch in batches],
         series=[
-            Series(variant.name, range(len(batches)), [report.step_ms(variant.name, batch) for batch in batches])
+            Series(variant.name, numbers, [report.step_ms(variant.name, batch) for batch in batches])
             for variant in report.variants
         ],
         note=f"{report.device}; {report.context} prompt tokens; variants took turns.",

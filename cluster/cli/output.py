@@ -20,9 +20,9 @@ PlotPath = Annotated[Path | None, typer.Option("--plot", help="Also draw a chart
 def show(
     data: dict[str, Any], parts: Sequence[RenderableType], chart: Chart, *, as_json: bool, plot: Path | None
 ) -> None:
-    """Print ``data`` as JSON, or ``parts`` one below the other; draw ``chart`` if asked to."""
+    """Print ``data`` and the chart as JSON, or ``parts`` one below the other; draw the chart if asked to."""
     if as_json:
-        print(json.dumps(data, indent=2))
+        print(json.dumps(data | {"chart": chart.to_dict()}, indent=2))
     else:
         console = Console(soft_wrap=True, highlight=False)
         for part in parts:

@@ -10,7 +10,7 @@ import dataclasses
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from workers.errors import ConfigError
 
@@ -66,6 +66,21 @@ class Chart:
     log_y: bool = False
     marks: Sequence[Mark] = ()
     note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; :meth:`from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """A chart that another command has written.
+
+        Raises:
+            TypeError: Fields are missing or unknown.
+        """
+        series = [Series(**item) for item in fields.pop("series")]
+        marks = [Mark(**item) for item in fields.pop("marks", [])]
+        return cls(series=series, marks=marks, **fields)
 
 
 def write_chart(chart: Chart, path: Path) -> None:
@@ -151,11 +166,17 @@ def _draw_bars(axes: Axes, chart: Chart) -> None:
 
 
 def _decorate(axes: Axes, chart: Chart) -> None:
+    from matplotlib.ticker import LogLocator
+
     axes.set_title(chart.title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     if chart.log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter(lambda value, _: f"{value:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
     else:
         axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
