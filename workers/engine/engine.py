@@ -213,20 +213,21 @@ class Engine:
         result = pending.result()
         for request_id, prompt in result.prompt_logprobs.items():
             self._outputs.add_prompt_logprobs(request_id, prompt.first_position, prompt.positions)
-        chunks = []
+        chunks, num_tokens = [], 0
         for update in self.scheduler.update(output, result.token_ids):
             request = update.request
             logprobs = result.logprobs.get(update.sample_index)
             chunk, stop_string = self._outputs.process(request, update.token_ids, logprobs)
             if stop_string is not None and not request.is_finished:
                 self.scheduler.finish(request, FinishReason.STOP, stop_string)
-            if request.is_finished:
+            if chunk.finish_reason is not None:
                 del self._requests[request.request_id]
                 self._num_finished += 1
-            if not self._num_generated_tokens:
-                self._note("first_token")
-            self._num_generated_tokens += len(update.token_ids)
+            num_tokens += len(update.token_ids)
             chunks.append(chunk)
+        if num_tokens and not self._num_generated_tokens:
+            self._note("first_token")
+        self._num_generated_tokens += num_tokens
         return chunks
 
     def _note(self, moment: str) -> None:

@@ -83,7 +83,7 @@ class OutputProcessor:
             live.is_first = False
             chunk.num_cached_tokens = request.num_cached_tokens
             chunk.prompt_logprobs, live.prompt_logprobs = live.prompt_logprobs, None
-        if request.is_finished or stop_string is not None:
+        if request.finish_reason is not None or stop_string is not None:
             self._finish(chunk, request, live, stop_string)
         return chunk, stop_string
 

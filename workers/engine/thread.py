@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from workers.engine.heap import frozen_heap
 from workers.engine.stats import EngineStats
 from workers.errors import EngineDeadError, UserError
 from workers.outputs import FinishReason, TokenChunk
@@ -144,7 +145,8 @@ class EngineThread:
             return
         self._ready.set_result(engine)
         try:
-            self._loop(engine)
+            with frozen_heap():
+                self._loop(engine)
         except BaseException as error:
             logger.exception("the engine died")
             self._die(error, engine)

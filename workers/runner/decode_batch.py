@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from workers.attention.base import BatchGeometry
@@ -20,7 +21,7 @@ from workers.kernels.decode_inputs import DecodeBuffers, DecodeField, unpack_dec
 from workers.runner.buffers import HostDeviceBuffer
 from workers.runner.input_batch import InputBatch
 from workers.runner.slots import SlotTable
-from workers.scheduler.output import ScheduledRequest, SchedulerOutput
+from workers.scheduler.output import SchedulerOutput
 
 #: A padding row: its slot goes in front and its end of the query behind.
 _PADDING_FIELDS = (-1, 0, 0, -1, 0)
@@ -65,7 +66,8 @@ class DecodeBatch:
         self._upload_rows = HostDeviceBuffer(slots.max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self._upload_slots = HostDeviceBuffer(slots.max_num_seqs, dtype=torch.int64, device=device)
         #: Columns of each slot's table that the device has.
-        self._num_on_device = [0] * slots.max_num_seqs
+        self._num_on_device = np.zeros(max_num_seqs, dtype=np.int64)
+        self._ends_R = np.arange(1, max_num_seqs + 1, dtype=np.int32)
 
     def forget(self, slot: int) -> None:
         """The slot has a new request, whose blocks the device has not seen."""
@@ -79,17 +81,26 @@ class DecodeBatch:
             slots: The slot of each scheduled request.
             num_rows: Rows of the padded batch.
         """
-        scheduled = output.scheduled
-        for item, slot in zip(scheduled, slots, strict=True):
-            self._slots.update_blocks(item.request, slot)
-        self._upload_missing(scheduled, slots)
-        rows = [self._row(item, slot) for item, slot in zip(scheduled, slots, strict=True)]
-        count = len(rows)
-        table = self._table.np
-        table[:count] = rows
-        table[:count, DecodeField.QUERY_END] = np.arange(1, count + 1)
+        scheduled, count = output.scheduled, len(slots)
+        requests = [item.request for item in scheduled]
+        slots_R = np.array(slots, dtype=np.int64)
+        self._slots.update_blocks(requests, slots_R)
+        self._upload_missing(slots_R)
+        positions = [item.num_computed_tokens for item in scheduled]
+        known = [request.token_ids for request in requests]
+        table_RF = self._table.np[:count]
+        table_RF[:, DecodeField.SLOT] = slots_R
+        table_RF[:, DecodeField.POSITION] = positions
+        table_RF[:, DecodeField.TOKEN] = [
+            ids[position] if position < len(ids) else -1 for ids, position in zip(known, positions, strict=True)
+        ]
+        table_RF[:, DecodeField.NUM_OUTPUT] = [
+            item.num_computed_tokens + 1 - item.request.num_prompt_tokens for item in scheduled
+        ]
+        self._add_blocks(table_RF, slots_R)
+        table_RF[:, DecodeField.QUERY_END] = self._ends_R[:count]
         self._pad(count, num_rows)
-        return self._commit(count, num_rows, table[:num_rows, DecodeField.POSITION] + 1)
+        return self._commit(count, num_rows, self._table.np[:num_rows, DecodeField.POSITION] + 1)
 
     def prepare_dummy(self, num_rows: int) -> DecodeInputs:
         """A step of padding rows only: for warm-up and capture."""
@@ -101,36 +112,33 @@ class DecodeBatch:
         if self._is_cuda:
             unpack_decode(table_RF, self.buffers, self.block_size)
 
-    def _row(self, item: ScheduledRequest, slot: int) -> tuple[int, ...]:
-        request, position = item.request, item.num_computed_tokens
-        known = request.token_ids
-        column, block = -1, 0
-        if self._num_on_device[slot] < self._slots.num_blocks[slot]:
-            column = self._num_on_device[slot]
-            block = request.block_ids[column]
-            self._num_on_device[slot] = column + 1
-        token = known[position] if position < len(known) else -1
-        num_output = position + 1 - request.num_prompt_tokens
-        return (slot, position, token, num_output, column, block, 0, 0)
+    def _add_blocks(self, table_RF: npt.NDArray[np.int32], slots_R: npt.NDArray[np.int64]) -> None:
+        """Have the step bring the block that a slot gained to the device."""
+        table_RF[:, DecodeField.NEW_COLUMN] = -1
+        known_R, num_blocks_R = self._num_on_device[slots_R], self._slots.num_blocks[slots_R]
+        for row in np.flatnonzero(known_R < num_blocks_R).tolist():
+            column = known_R[row]
+            table_RF[row, DecodeField.NEW_COLUMN] = column
+            table_RF[row, DecodeField.NEW_BLOCK] = self._slots.block_table_SM[slots_R[row], column]
+        self._num_on_device[slots_R] = num_blocks_R
 
-    def _upload_missing(self, scheduled: list[ScheduledRequest], slots: list[int]) -> None:
+    def _upload_missing(self, slots_R: npt.NDArray[np.int64]) -> None:
         """Bring the tables of slots that lack more than the last block to the device."""
-        num_blocks = self._slots.num_blocks
-        missing = [slot for slot in slots if num_blocks[slot] > self._num_on_device[slot] + 1]
-        if not missing:
+        num_blocks_S = self._slots.num_blocks
+        missing = slots_R[num_blocks_S[slots_R] > self._num_on_device[slots_R] + 1]
+        if not len(missing):
             return
-        num_columns = max(num_blocks[slot] for slot in missing)
+        num_columns = int(num_blocks_S[missing].max())
         self._upload_rows.np[: len(missing), :num_columns] = self._slots.block_table_SM[missing, :num_columns]
         self._upload_slots.np[: len(missing)] = missing
         rows, index = self._upload_rows.commit(len(missing)), self._upload_slots.commit(len(missing))
         self.buffers.slot_tables_SM.index_copy_(0, index, rows)
-        for slot in missing:
-            self._num_on_device[slot] = num_blocks[slot]
+        self._num_on_device[missing] = num_blocks_S[missing]
 
     def _pad(self, count: int, num_rows: int) -> None:
         self._table.np[count:num_rows] = (self._slots.padding_slot, *_PADDING_FIELDS, count, 0)
 
-    def _commit(self, count: int, num_rows: int, seq_lens_cpu: np.ndarray) -> DecodeInputs:
+    def _commit(self, count: int, num_rows: int, seq_lens_cpu: npt.NDArray[np.int32]) -> DecodeInputs:
         query_start_loc = np.minimum(np.arange(num_rows + 1, dtype=np.int32), count).astype(np.int32)
         table_RF = self._table.commit(num_rows)
         b = self.buffers

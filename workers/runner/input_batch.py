@@ -104,11 +104,10 @@ class InputBatch:
             num_reqs: Requests of the padded batch. Padding rows have length 0 and write to no cache slot.
         """
         scheduled = output.scheduled
-        for item, slot in zip(scheduled, slots, strict=True):
-            self._slot_table.update_blocks(item.request, slot)
         starts = np.array([s.num_computed_tokens for s in scheduled], dtype=np.int64)
         lens = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
         slots_np = np.array(slots, dtype=np.int64)
+        self._slot_table.update_blocks([item.request for item in scheduled], slots_np)
         input_ids_T = self._commit_input_ids(output, slots, num_tokens)
         positions_T, slot_mapping_T = self._commit_positions(output.num_tokens, num_tokens, starts, lens, slots_np)
         geometry = self._geometry(output, num_reqs, starts, lens, slots_np, slot_mapping_T)

@@ -281,6 +281,9 @@ class ModelRunner:
         """Give newcomers a slot, and free those of requests that left."""
         for slot in self._slots.drop(output.dropped_request_ids):
             self._sampling.remove(slot)
+        known = self._slots.find(item.request for item in output.scheduled)
+        if known is not None:
+            return known
         slots = []
         for item in output.scheduled:
             request = item.request

@@ -6,7 +6,11 @@ parameters, last sampled token, block table) is indexed by slot. Bookkeeping on 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import numpy as np
+import numpy.typing as npt
 
 from workers.request import Request
 
@@ -16,13 +20,13 @@ class SlotTable:
 
     Attributes:
         block_table_SM: int32 [max_num_seqs, max_blocks_per_seq]; columns beyond ``num_blocks`` are stale.
-        num_blocks: Blocks known of each slot's request.
+        num_blocks: int64 [max_num_seqs], blocks known of each slot's request.
     """
 
     def __init__(self, max_num_seqs: int, max_blocks_per_seq: int) -> None:
         self.max_num_seqs = max_num_seqs
         self.block_table_SM = np.zeros((max_num_seqs, max_blocks_per_seq), dtype=np.int32)
-        self.num_blocks = [0] * max_num_seqs
+        self.num_blocks = np.zeros(max_num_seqs, dtype=np.int64)
         self._slots: dict[str, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
@@ -47,10 +51,17 @@ class SlotTable:
         self.num_blocks[slot] = 0
         return slot, True
 
-    def update_blocks(self, request: Request, slot: int) -> None:
-        """Take over the blocks that the request gained since the last call."""
-        block_ids = request.block_ids
-        known = self.num_blocks[slot]
-        if len(block_ids) != known:
+    def find(self, requests: Iterable[Request]) -> list[int] | None:
+        """The slots of requests that all have one; None if one of them is new to the batch."""
+        slot_of = self._slots.get
+        slots = [slot_of(request.request_id) for request in requests]
+        return None if None in slots else cast("list[int]", slots)
+
+    def update_blocks(self, requests: Sequence[Request], slots_R: npt.NDArray[np.int64]) -> None:
+        """Take over the blocks that the requests gained since the last call."""
+        num_blocks_R = np.fromiter((len(request.block_ids) for request in requests), np.int64, len(requests))
+        known_R = self.num_blocks[slots_R]
+        for row in np.flatnonzero(num_blocks_R != known_R).tolist():
+            slot, known, block_ids = slots_R[row], known_R[row], requests[row].block_ids
             self.block_table_SM[slot, known : len(block_ids)] = block_ids[known:]
-            self.num_blocks[slot] = len(block_ids)
+        self.num_blocks[slots_R] = num_blocks_R
