@@ -23,6 +23,7 @@ from cluster.cli import model as model_command
 from cluster.cli import serve as serve_command
 from cluster.cli import startup as startup_command
 from cluster.cli import verify_graphs as verify_graphs_command
+from cluster.cli import warm as warm_command
 from workers.errors import UserError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve_command.serve)
+app.command("warm")(warm_command.warm)
 app.command("diagnose")(diagnose_command.diagnose)
 app.command("verify-graphs")(verify_graphs_command.verify_graphs)
 app.add_typer(analyze_command.app)

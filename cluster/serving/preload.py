@@ -6,6 +6,7 @@ no use for torch; once an engine runs on a node, what starts next there is most 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
 from cluster.serving.spare import wants_spare
@@ -15,4 +16,6 @@ _MODULES = ("ray.serve._private.replica", "cluster.serving.replica", "workers.en
 
 if wants_spare():
     for _module in _MODULES:
-        importlib.import_module(_module)
+        # What cannot be imported here will be complained about by whoever needs it.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(_module)

@@ -251,7 +251,8 @@ class ModelRunner:
     @property
     def artifact_warm(self) -> bool:
         """Whether the model was loaded without compiling anything."""
-        return self._graphs.compiled.report.is_warm or self._graphs.compiled.mode is CompilationMode.NONE
+        compiled = self._graphs.compiled
+        return not self._serving.is_temporary and (compiled.report.is_warm or compiled.mode is CompilationMode.NONE)
 
     def graph_report(self) -> GraphReport:
         """What the graph layer captured, replayed and padded so far."""
