@@ -19,6 +19,7 @@ from workers.engine.engine import Engine
 from workers.errors import ConfigError
 from workers.leases.base import LeaseService
 from workers.modes import CompilationMode
+from workers.runner.device import resolve_device
 from workers.runner.flight import PieceFlight, leases_of
 from workers.runner.model_runner import ModelRunner
 from workers.startup.account import StartupAccount
@@ -78,6 +79,10 @@ def warm(
     started = time.perf_counter()
     if config.artifacts.store is None or not config.artifacts.publish:
         raise ConfigError("Nothing would be published: set artifacts.store and artifacts.publish.", param="artifacts")
+    compilation = config.compilation_config
+    mode = compilation.resolved_mode(resolve_device(config.device).type)
+    if config.enforce_eager or mode is not CompilationMode.VLLM_COMPILE:
+        raise ConfigError("Nothing is compiled ahead: set compilation_config.mode to VLLM_COMPILE.", param="mode")
     account = StartupAccount(f"warm {config.model}")
     leases = leases or leases_of(config.artifacts)
     on_progress("starting an engine with made-up weights")
@@ -86,9 +91,6 @@ def warm(
     runner = engine.runner
     if not runner.library.trust.may_publish:
         raise ConfigError("Nothing would be published: trust 'signed' needs artifacts.signer_key_file.", param="trust")
-    compilation = config.compilation_config
-    if config.enforce_eager or compilation.resolved_mode(runner.device.type) is not CompilationMode.VLLM_COMPILE:
-        raise ConfigError("Nothing is compiled ahead: set compilation_config.mode to VLLM_COMPILE.", param="mode")
     on_progress("capturing every graph")
     while engine.use_idle_time():
         pass
