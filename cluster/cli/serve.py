@@ -13,22 +13,33 @@ from cluster.config import DeploymentConfig
 from cluster.models.importer import import_model
 from cluster.models.registry import KNOWN_MODELS
 from cluster.serving.local import running_deployment, wait_for_signal
+from workers.checkpoint.cache import artifacts_root
 from workers.checkpoint.resolve import resolve_model
+from workers.startup.account import StartupAccount
+from workers.startup.files import write_report
 
 
 def serve(config: ConfigPath, overrides: Overrides = None) -> None:
     """Prepare the models, start Ray and serve the OpenAI API until Ctrl-C."""
+    account = StartupAccount.of_process("warmgraph serve")
     console = Console(stderr=True, highlight=False)
     loaded = DeploymentConfig.from_file(config, overrides)
-    for model in loaded.models:
-        _prepare(model.engine.model)
+    with account.phase("models"):
+        for model in loaded.models:
+            _prepare(model.engine.model)
     started = time.monotonic()
+    under_way: list[tuple[str, float]] = []
 
     def on_phase(phase: str) -> None:
+        if under_way:
+            account.add(*under_way.pop(), time.monotonic())
+        under_way.append((phase, time.monotonic()))
         console.print(f"[dim]{time.monotonic() - started:5.1f} s[/] {phase}")
 
     with running_deployment(loaded, on_phase) as url:
         on_phase("ready")
+        account.mark("ready")
+        write_report(artifacts_root() / "startup", account.report())
         console.print(_greeting(url, loaded.models[0].name), soft_wrap=True)
         wait_for_signal()
 
