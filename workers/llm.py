@@ -14,6 +14,7 @@ from typing import Any
 from rich.progress import Progress
 
 from workers.config import EngineConfig
+from workers.engine.heap import frozen_heap
 from workers.engine.start import start_engine
 from workers.errors import InvalidRequestError
 from workers.outputs import CompletionOutput, PositionLogprobs, RequestOutput, TokenChunk
@@ -160,7 +161,7 @@ class LLM:
         return collected
 
     def _run(self, num_requests: int, show_progress: bool) -> Iterator[tuple[str, TokenChunk]]:
-        with Progress(disable=not show_progress) as progress:
+        with Progress(disable=not show_progress) as progress, frozen_heap():
             task = progress.add_task("completions", total=num_requests)
             while self.engine.has_unfinished:
                 for chunk in self.engine.step():

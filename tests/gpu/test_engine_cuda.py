@@ -120,12 +120,12 @@ def test_random_traffic_with_aborts(mode: str, seed: int) -> None:
 
 @pytest.mark.parametrize("mode", ["NONE", "FULL_AND_PIECEWISE"])
 def test_preempted_requests_go_on(mode: str) -> None:
-    """Twelve blocks for twelve requests of up to four: most are preempted and recomputed."""
+    """Five blocks for twelve requests of up to four: some are preempted and recomputed."""
     traffic = Traffic(3, 30)
     eager = traffic.run(make_engine(mode="NONE"))
-    engine = make_engine(mode=mode, num_blocks=13)
+    engine = make_engine(mode=mode, num_blocks=6)
     assert assert_equal_up_to_ties(traffic.run(engine), eager) > 150
-    assert engine.stats().scheduler.num_preemptions > 3
+    assert engine.stats().scheduler.num_preemptions > 1
 
 
 @pytest.mark.parametrize("batch", range(1, MAX_SEQS + 1))
