@@ -92,6 +92,7 @@ def write_chart(chart: Chart, path: Path) -> None:
     if path.suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"--plot writes .png or .svg files, not {path.name!r}.", param="plot")
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -108,8 +109,9 @@ def write_chart(chart: Chart, path: Path) -> None:
         figure.supxlabel(textwrap.fill(chart.note, 110), fontsize=8, color="#555555", x=0.01, ha="left")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Without a date the same numbers give the same file.
-        figure.savefig(path, dpi=144, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        # Text as text makes a small file; without a date and random ids the same numbers give the same one.
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "warmgraph"}):
+            figure.savefig(path, dpi=144, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
     except OSError as error:
         raise ConfigError(f"Cannot write {path}: {error.strerror}.", param="plot") from None
 
