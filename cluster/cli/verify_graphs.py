@@ -85,7 +85,7 @@ def _findings(report: VerifyReport) -> list[str]:
         check = problems[finding.form]
         where = finding.piece if finding.op is None else f"{finding.op}, {finding.piece}"
         lines += [
-            f"[bold]{finding.form}[/], {finding.num_tokens} tokens, {check.failed_case} batch: {check.problem}",
+            f"[bold]{finding.form}[/], size {finding.num_tokens}, {check.failed_case} batch: {check.problem}",
             f"  first difference: {where}",
             f"  to blame: {finding.blame}. {finding.explanation}",
         ]

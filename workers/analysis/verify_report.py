@@ -18,9 +18,9 @@ class FormName(enum.StrEnum):
 
     PADDED = "eager, padded"
     COMPILED = "compiled, padded"
-    PIECEWISE = "PIECEWISE replay"
-    FULL_MIXED = "FULL replay, mixed batches"
-    FULL_DECODE = "FULL replay, decode batches"
+    PIECEWISE = "PIECEWISE"
+    FULL_MIXED = "FULL, mixed batches"
+    FULL_DECODE = "FULL, decode batches"
 
 
 class Blame(enum.StrEnum):
