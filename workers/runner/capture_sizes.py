@@ -10,10 +10,14 @@ import hashlib
 import json
 import logging
 
+from workers.artifacts.key import BundleKey
+from workers.artifacts.library import ArtifactLibrary
 from workers.checkpoint.cache import artifacts_root
 from workers.config import EngineConfig
 from workers.graphs import FileHistogramStore, Traffic, auto_capture_sizes, default_capture_sizes
+from workers.graphs.traffic import HistogramStore
 from workers.model.config import ModelConfig
+from workers.runner.shared_traffic import SharedHistogramStore, host_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +36,15 @@ def capture_sizes(config: EngineConfig, traffic: Traffic) -> tuple[list[int], st
     return sizes, "the default grid" if compilation.cudagraph_capture_sizes is None else "the config"
 
 
-def histogram_file(config: EngineConfig, model_config: ModelConfig) -> FileHistogramStore | None:
-    """A file per model shape, beside this user's artifacts; None if nothing is to outlive the process."""
+def make_histogram_store(
+    config: EngineConfig, model_config: ModelConfig, library: ArtifactLibrary, key: BundleKey
+) -> HistogramStore | None:
+    """A file per model shape, beside this user's artifacts, shared through them; None if nothing is to be kept."""
     if config.artifacts.store is None:
         if config.compilation_config.cudagraph_capture_sizes == "auto":
             logger.warning("cudagraph_capture_sizes auto forgets what it learns: artifacts.store is not set")
         return None
     shape = json.dumps(dataclasses.asdict(model_config), sort_keys=True, default=str)
     name = f"batches-{hashlib.sha256(shape.encode()).hexdigest()[:16]}.json"
-    return FileHistogramStore(artifacts_root() / "traffic" / name)
+    folder = artifacts_root() / "traffic"
+    return SharedHistogramStore(FileHistogramStore(folder / name), host_name(folder), library, key)

@@ -48,7 +48,7 @@ from workers.graphs.resolve import ModeResolution
 from workers.graphs.wrapper import CUDAGraphWrapper
 from workers.model.decoder import DecoderForCausalLM
 from workers.modes import CompilationMode
-from workers.runner.capture_sizes import capture_sizes, histogram_file
+from workers.runner.capture_sizes import capture_sizes, make_histogram_store
 from workers.runner.cpu_model import CpuModel
 from workers.runner.decode_batch import DecodeBatch, DecodeInputs
 from workers.runner.decode_graphs import DecodeGraphs
@@ -112,7 +112,7 @@ class GraphedModel:
         sizes: list[int] = []
         self._traffic, self._sizes_from = Traffic(), "graphs are off"
         if self._resolution.mode is not _NO_GRAPH:
-            self._traffic = Traffic(histogram_store or histogram_file(config, model.config))
+            self._traffic = Traffic(histogram_store or make_histogram_store(config, model.config, library, key))
             sizes, self._sizes_from = capture_sizes(config, self._traffic)
         self._dispatcher = GraphDispatcher(
             self._resolution.mode,
