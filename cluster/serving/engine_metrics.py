@@ -43,6 +43,45 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         lambda s: s.scheduler.num_prefix_hit_tokens,
     ),
     "warmgraph_preemptions": ("Requests that lost their KV blocks.", lambda s: s.scheduler.num_preemptions),
+    "warmgraph_artifact_bytes_fetched": (
+        "Bytes of compiled artifacts read from the store.",
+        lambda s: s.artifacts.bytes_fetched,
+    ),
+    "warmgraph_artifact_bytes_published": (
+        "Bytes of compiled artifacts written to the store.",
+        lambda s: s.artifacts.bytes_published,
+    ),
+    "warmgraph_artifact_seconds_saved": (
+        "What the artifacts that were found took whoever built them.",
+        lambda s: s.artifacts.seconds_saved,
+    ),
+    "warmgraph_artifact_build_failures": (
+        "Compilations that failed and were remembered.",
+        lambda s: s.artifacts.num_build_failures,
+    ),
+    "warmgraph_artifact_eager_starts": (
+        "Models that run eagerly because a build failed or was wrong.",
+        lambda s: s.artifacts.num_eager_starts,
+    ),
+}
+#: Metric name -> (help, label, counts by the label's value).
+_LABELLED_COUNTERS: dict[str, tuple[str, str, Callable[[EngineStats], Mapping[str, int]]]] = {
+    "warmgraph_artifact_lookups": ("Lookups of compiled bundles.", "outcome", lambda s: s.artifacts.lookups),
+    "warmgraph_artifact_misses": (
+        "Misses, by the factors in which the nearest bundle differs.",
+        "factors",
+        lambda s: s.artifacts.misses,
+    ),
+    "warmgraph_artifact_refusals": (
+        "Manifests and blobs that were refused, and bundles that were put in quarantine.",
+        "reason",
+        lambda s: s.artifacts.refusals,
+    ),
+    "warmgraph_artifact_store_failures": (
+        "Calls to the artifact store that failed.",
+        "direction",
+        lambda s: s.artifacts.store_failures,
+    ),
 }
 
 #: Statistics by model name and replica id.
@@ -58,6 +97,8 @@ class _EngineCollector(Collector):
             yield self._fill(GaugeMetricFamily(name, text, labels=_LABELS), value)
         for name, (text, value) in _COUNTERS.items():
             yield self._fill(CounterMetricFamily(name, text, labels=_LABELS), value)
+        for name, (text, label, counts) in _LABELLED_COUNTERS.items():
+            yield self._fill_by_label(CounterMetricFamily(name, text, labels=(*_LABELS, label)), counts)
 
     def _fill(
         self, family: GaugeMetricFamily | CounterMetricFamily, value: Callable[[EngineStats], float]
@@ -65,6 +106,15 @@ class _EngineCollector(Collector):
         for model, replicas in self._stats.items():
             for replica, stats in replicas.items():
                 family.add_metric((model, replica), value(stats))
+        return family
+
+    def _fill_by_label(
+        self, family: CounterMetricFamily, counts: Callable[[EngineStats], Mapping[str, int]]
+    ) -> CounterMetricFamily:
+        for model, replicas in self._stats.items():
+            for replica, stats in replicas.items():
+                for value, count in counts(stats).items():
+                    family.add_metric((model, replica, value), count)
         return family
 
 

@@ -47,7 +47,7 @@ def test_what_was_published_is_found() -> None:
     assert {entry.origin for entry in published.entries} == {SIGNER.key_id}
     assert published.build_seconds == PLAN.seconds + PIECE.seconds
     counters = library.counters
-    assert (counters.lookups, counters.num_published) == ({"absent": 1, "hit": 2}, 1)
+    assert (counters.lookups, counters.num_published) == ({"absent": 1, "hit": 1}, 1)
     assert counters.bytes_fetched == counters.bytes_published == published.num_bytes
 
 
@@ -303,6 +303,20 @@ def test_labels_have_few_values() -> None:
     assert len(explanation.graph) == 11
     assert explanation.label == "model,sources"
     assert make_library(signer=SIGNER).explain(KEY).label == "no_bundle"
+
+
+def test_only_so_many_hosts_histograms_are_kept() -> None:
+    library = make_library(signer=SIGNER)
+    bundle = publish(library, PLAN)
+    for index in range(40):
+        bundle = publish(library, Addition(Kind.HISTOGRAM, f"host{index}", b"%d" % index), base=bundle)
+    publish(library, Addition(Kind.HISTOGRAM, "host8", b"again"), base=bundle)
+    found = library.open(KEY).bundle
+    assert found is not None
+    assert [entry.name for entry in found.find(Kind.HISTOGRAM)] == [
+        *(f"host{index}" for index in range(9, 40)),
+        "host8",
+    ]
 
 
 def test_pieces_are_found_under_equal_conditions() -> None:

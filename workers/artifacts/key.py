@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,11 @@ class BundleKey:
     graph: Mapping[str, Any]
     capture: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     runtime: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # As they come back from a manifest: tuples are lists there.
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, json.loads(canonical_json(getattr(self, field.name))))
 
     @functools.cached_property
     def digest(self) -> str:

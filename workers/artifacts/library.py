@@ -24,7 +24,7 @@ from workers.artifacts.digest import sha256
 from workers.artifacts.errors import Refusal, RefusedError, StoreError
 from workers.artifacts.explain import Explanation, explain
 from workers.artifacts.key import BundleKey
-from workers.artifacts.manifest import PAYLOAD_TYPE, Entry, Kind, Manifest
+from workers.artifacts.manifest import PAYLOAD_TYPE, Entry, Kind, Manifest, Slot
 from workers.artifacts.names import BUNDLES, USES, blob_name, key_of, last_part, manifest_prefix
 from workers.artifacts.quarantine import MAX_CODE_FAULTS, FailureMark, MarkBoard, code_faults
 from workers.artifacts.reader import VerifiedReader
@@ -51,6 +51,9 @@ CREATOR = f"warmgraph {_version()}"
 
 #: Bundles that a missing one is compared with, the newest first.
 _MAX_CANDIDATES = 64
+
+#: Kinds of which there may be one per host or setting, and how many of each are kept: those changed last.
+_BOUNDED_KINDS = {Kind.HISTOGRAM: 32, Kind.MEMORY_PLAN: 32}
 
 #: Refusals that say that the manifest itself is bad, whoever looks at it; the others depend on who looks.
 _OBJECTIVE = frozenset({Refusal.MALFORMED, Refusal.TOO_LARGE, Refusal.BAD_SIGNATURE, Refusal.WRONG_KEY})
@@ -130,6 +133,7 @@ class ArtifactLibrary:
         self.counters = counters or ArtifactCounters()
         self.reader = VerifiedReader(store, trust, config)
         self.marks = MarkBoard(store)
+        self._answers: dict[str, Lookup] = {}
 
     @classmethod
     def in_memory(cls) -> Self:
@@ -155,22 +159,24 @@ class ArtifactLibrary:
         return cls(store, trust, config, counters)
 
     def open(self, key: BundleKey) -> Lookup:
-        """Look for a bundle and verify its manifests; fetches no blob."""
+        """Look for a bundle and verify its manifests; fetches no blob.
+
+        May be asked again and again: what is counted, logged and explained is that the answer changed.
+        """
         started = time.perf_counter()
         try:
             lookup = self.open_digest(key.digest)
+            last = self._answers.get(key.digest)
             if lookup.bundle is None:
-                lookup = dataclasses.replace(lookup, explanation=self.explain(key))
+                is_known = last is not None and last.outcome is lookup.outcome
+                explanation = last.explanation if last is not None and is_known else self.explain(key)
+                lookup = dataclasses.replace(lookup, explanation=explanation)
         except StoreError as error:
             logger.warning("artifact store: %s", error)
             lookup = Lookup(Outcome.UNAVAILABLE)
-        self.counters.lookups[lookup.outcome.value] += 1
-        if lookup.bundle is not None:
-            self._note_use(key.digest)
-        elif lookup.explanation is not None:
-            self.counters.misses[lookup.explanation.label] += 1
-            logger.info("no bundle (%s): %s", lookup.outcome, lookup.explanation.sentence())
-        return dataclasses.replace(lookup, seconds=time.perf_counter() - started)
+        lookup = dataclasses.replace(lookup, seconds=time.perf_counter() - started)
+        self._note_answer(key.digest, lookup)
+        return lookup
 
     def peek(self, key: BundleKey) -> Bundle | None:
         """:meth:`open` for whoever wants something small beside the pieces: a miss is not counted, nor explained."""
@@ -226,6 +232,7 @@ class ArtifactLibrary:
 
     def remember_failure(self, key: BundleKey, text: str) -> None:
         """Have nobody in the fleet build this key for a while."""
+        self.counters.num_build_failures += 1
         self.marks.remember_failure(key.digest, text, self.config.failure_ttl_s)
 
     def recent_failure(self, key: BundleKey) -> FailureMark | None:
@@ -292,6 +299,17 @@ class ArtifactLibrary:
             return Lookup(Outcome.QUARANTINED, bad_blobs=bad_blobs)
         return Lookup(Outcome.REFUSED if num_refused else Outcome.ABSENT)
 
+    def _note_answer(self, key: str, lookup: Lookup) -> None:
+        last, self._answers[key] = self._answers.get(key), lookup
+        if last is not None and last.outcome is lookup.outcome:
+            return
+        self.counters.lookups[lookup.outcome.value] += 1
+        if lookup.bundle is not None:
+            self._note_use(key)
+        elif lookup.explanation is not None:
+            self.counters.misses[lookup.explanation.label] += 1
+            logger.info("no bundle (%s): %s", lookup.outcome, lookup.explanation.sentence())
+
     def _remove_damaged(self, entry: Entry) -> None:
         """So that whoever builds it again can write it."""
         try:
@@ -308,8 +326,10 @@ class ArtifactLibrary:
             fields = {field.name: getattr(addition, field.name) for field in dataclasses.fields(addition)}
             data = fields.pop("data")
             entry = Entry(**fields, sha256=sha256(data), num_bytes=len(data), origin=origin)
+            slots.pop(entry.slot, None)  # so that slots are in the order of their last change
             slots[entry.slot] = entry
             num_bytes += self._put_blob(entry, data)
+        _forget_oldest(slots)
         factors = {"graph": dict(key.graph), "capture": dict(key.capture), "runtime": dict(key.runtime)}
         heads = base.heads if base else ()
         manifest = Manifest(key.digest, factors, tuple(slots.values()), time.time(), heads, CREATOR)
@@ -359,3 +379,10 @@ class ArtifactLibrary:
                 logger.debug("use of %s not noted: %s", key, error)
 
         threading.Thread(target=write, name="artifact-use", daemon=True).start()
+
+
+def _forget_oldest(slots: dict[Slot, Entry]) -> None:
+    for kind, limit in _BOUNDED_KINDS.items():
+        of_kind = [slot for slot in slots if slot[0] is kind]
+        for slot in of_kind[:-limit]:
+            del slots[slot]

@@ -26,7 +26,15 @@ class BuildFailedError(CompileError):
 
 
 class SelfCheckError(CompileError):
-    """Loaded code crashed, hung, or computed something else than it should; it is not used."""
+    """Loaded code crashed, hung, or computed something else than it should; it is not used.
+
+    Attributes:
+        blobs: Digests of the builds that did so; empty if any of them may have.
+    """
+
+    def __init__(self, message: str, blobs: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.blobs = blobs
 
 
 class UnlinkablePieceError(CompileError):

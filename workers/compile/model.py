@@ -273,8 +273,10 @@ class _Loading:
 
     def _quarantine(self, pieces: PieceSet, error: Exception) -> None:
         assert pieces.bundle is not None
-        reason = Refusal.SELF_CHECK if isinstance(error, SelfCheckError) else Refusal.STRUCTURE
-        # Code that was wrong is wrong in every bundle; a plan for other weights says nothing of its pieces.
-        is_code = reason is Refusal.SELF_CHECK
-        blobs = [build.sha256 for build in pieces.builds(self._compilation.sizes)] if is_code else []
-        self._compilation.library.quarantine(pieces.bundle, reason, str(error), blobs)
+        if isinstance(error, SelfCheckError):
+            # Code that was wrong is wrong in every bundle.
+            blobs = error.blobs or [build.sha256 for build in pieces.builds(self._compilation.sizes)]
+            self._compilation.library.quarantine(pieces.bundle, Refusal.SELF_CHECK, str(error), blobs)
+        else:
+            # A plan for other weights says nothing of its pieces.
+            self._compilation.library.quarantine(pieces.bundle, Refusal.STRUCTURE, str(error))

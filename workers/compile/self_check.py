@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +31,17 @@ logger = logging.getLogger(__name__)
 LOADING = "loading"
 PASSED = "passed"
 FAILED = "failed"
+#: Before the digest of the build that it begins with.
+TRYING = "trying "
 
 #: Modules that may define operators which pieces call, by the beginning of their names.
 _OPERATOR_PACKAGES = ("workers.kernels", "workers.attention")
 
 _CHILD = "workers.compile.self_check_child"
+
+_POLL_S = 0.02
+#: Longest time that the child may take until it has imported what it needs.
+_IMPORT_TIMEOUT_S = 300.0
 
 
 def is_wanted(config: ArtifactConfig) -> bool:
@@ -47,7 +54,7 @@ def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, ti
 
     Args:
         device: Where they run.
-        timeout_s: After this, code that is still running has failed.
+        timeout_s: After this, code that is still running has failed; importing torch does not count.
 
     Returns:
         Whether the child ran.
@@ -103,25 +110,42 @@ def _run_child(folder: Path, timeout_s: float) -> bool:
             start_new_session=True,
         )
         try:
-            status: int | None = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            status = None
+            status = _wait(process, folder, timeout_s)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     output_text = (folder / "output").read_text(errors="replace").strip()
-    states = (folder / "states").read_text().splitlines() if (folder / "states").exists() else []
+    states = _states(folder)
     last = states[-1] if states else ""
     if last == PASSED:
         return True
     if LOADING not in states:
         logger.warning("pieces could not be checked in a process of their own: %s", _tail(output_text))
         return False
+    culprits = tuple(state.removeprefix(TRYING) for state in states if state.startswith(TRYING))[-1:]
     if last.startswith(FAILED):
-        raise SelfCheckError(last.removeprefix(f"{FAILED}: "))
+        raise SelfCheckError(last.removeprefix(f"{FAILED}: "), culprits)
     how = f"did not finish within {timeout_s:g} s" if status is None else f"ended with status {status}"
-    raise SelfCheckError(f"The process that tried the pieces {how}. {_tail(output_text)}")
+    raise SelfCheckError(f"The process that tried the pieces {how}. {_tail(output_text)}", culprits)
+
+
+def _wait(process: subprocess.Popen[bytes], folder: Path, timeout_s: float) -> int | None:
+    """The child's exit status; None if it did not end in time. Time counts from its first line of foreign code on."""
+    deadline_s, has_begun = time.monotonic() + _IMPORT_TIMEOUT_S, False
+    while time.monotonic() < deadline_s:
+        try:
+            return process.wait(_POLL_S)
+        except subprocess.TimeoutExpired:
+            if not has_begun and LOADING in _states(folder):
+                deadline_s, has_begun = time.monotonic() + timeout_s, True
+    return None
+
+
+def _states(folder: Path) -> list[str]:
+    """How far the child says it has come."""
+    path = folder / "states"
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
 def _tail(text: str) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from workers.compile.formats.base import make_format
 from workers.compile.probes import Probe, find_problem, make_inputs, read_probes
-from workers.compile.self_check import FAILED, LOADING, PASSED, probes_file
+from workers.compile.self_check import FAILED, LOADING, PASSED, TRYING, probes_file
 
 
 def main(folder: Path) -> None:
@@ -30,6 +30,7 @@ def main(folder: Path) -> None:
     _say(folder, LOADING)
     piece_format = make_format(request["format"])
     for item in request["work"]:
+        _say(folder, f"{TRYING}{item['file']}")
         try:
             piece = piece_format.load((folder / item["file"]).read_bytes()).as_function()
             problem = _try(piece, probes.get(item["size"], {}).get(item["piece"]), device)

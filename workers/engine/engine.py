@@ -198,6 +198,7 @@ class Engine:
             busy_seconds=self._busy_seconds,
             decode_sizes=self.runner.decode_sizes,
             artifact_warm=self.runner.artifact_warm,
+            artifacts=self.runner.library.counters.snapshot(),
         )
 
     def follow_prefixes(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from workers.artifacts.counters import ArtifactCounters
 from workers.scheduler.output import SchedulerStats
 
 
@@ -23,6 +24,7 @@ class EngineStats:
         decode_sizes: Batch sizes, ascending, for which a captured graph can serve a decode batch now; empty where
             batches run unpadded.
         artifact_warm: Whether the model was loaded without compiling anything.
+        artifacts: What the artifact layer has done.
     """
 
     scheduler: SchedulerStats
@@ -35,3 +37,4 @@ class EngineStats:
     busy_seconds: float
     decode_sizes: tuple[int, ...]
     artifact_warm: bool
+    artifacts: ArtifactCounters = dataclasses.field(default_factory=ArtifactCounters)

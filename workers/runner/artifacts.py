@@ -21,6 +21,9 @@ from workers.model.config import ModelConfig
 from workers.model.decoder import DecoderForCausalLM, attention_spec
 from workers.runner.device import resolve_device, resolve_dtype, resolve_max_model_len
 
+#: Fields of ModelConfig that no compiled code depends on; the dtype is the engine's, not the checkpoint's.
+_NOT_COMPILED = frozenset({"initializer_range", "bos_token_id", "eos_token_ids", "dtype"})
+
 
 def engine_key(
     config: EngineConfig,
@@ -36,8 +39,9 @@ def engine_key(
     Args:
         dtype: What ``config.dtype`` stands for, and so on.
     """
+    shape = dataclasses.asdict(model_config)
     resolved = {
-        "model": dataclasses.asdict(model_config),
+        "model": {name: value for name, value in shape.items() if name not in _NOT_COMPILED},
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "max_model_len": max_model_len,

@@ -252,6 +252,7 @@ class GraphedModel:
         except BuildFailedError as error:
             logger.error("the model runs eagerly: %s", error)
             account.looked_up(LookupRow("artifacts", False, str(error)))
+            library.counters.num_eager_starts += 1
             return compile_model(self._model, compilation, example_args, enforce_eager=True)
         if compiled.mode is not CompilationMode.NONE:
             logger.info("compiled: %s", compiled.report)
