@@ -52,6 +52,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "tie_word_embeddings": False,
     },
+    "small": {
+        **_LLAMA,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    },
     "smollm2-135m": {
         **_LLAMA,
         "vocab_size": 49152,

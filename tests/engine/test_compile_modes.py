@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from tests.compile_cases import (
     MixingModel,
     assert_equals_eager,
+    assert_within_rounding,
     compile_decoder,
     compile_mixing,
     mixing_inputs,
@@ -18,7 +20,8 @@ from tests.compile_cases import (
     tiny_decoder,
     use_plain_forms,
 )
-from tests.tiny_models import ARCHITECTURE_NAMES, NAMES
+from tests.tiny_models import ARCHITECTURE_NAMES, NAMES, tiny_checkpoint
+from workers import LLM, SamplingParams
 from workers.artifacts.library import ArtifactLibrary
 from workers.compile.errors import RecompileError
 from workers.compile.model import compile_model
@@ -30,6 +33,13 @@ from workers.modes import CompilationMode
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+]
+
+
+ENGINE_MODES = [
+    {"mode": "STOCK_TORCH_COMPILE"},
+    {"mode": "DYNAMO_TRACE_ONCE"},
+    {"mode": "VLLM_COMPILE", "piece_format": "standalone", "compile_sizes": [1, 4]},
 ]
 
 
@@ -59,6 +69,46 @@ def test_inductor_pieces_equal_eager_cold_and_warm(name: str) -> None:
         compiled = compile_decoder(model, library=library, mode="VLLM_COMPILE", piece_format="standalone")
         assert compiled.report.is_warm is is_warm
         assert_equals_eager(model, compiled)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_NAMES)
+def test_pieces_in_bf16_are_right_within_rounding(name: str) -> None:
+    model = tiny_decoder(name, torch.bfloat16)
+    compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="fx")
+    assert_within_rounding(tiny_decoder(name), model, compiled)
+
+
+def test_whole_graphs_in_bf16_are_right_within_rounding() -> None:
+    model = tiny_decoder("qwen3", torch.bfloat16)
+    assert_within_rounding(tiny_decoder("qwen3"), model, compile_decoder(model, mode="DYNAMO_TRACE_ONCE"))
+
+
+def test_fused_pieces_in_bf16_are_right_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor keeps sums in fp32 that eager rounds; that must not make it worse."""
+    use_plain_forms(monkeypatch)
+    exact, model = plain_decoder("qwen3"), plain_decoder("qwen3", torch.bfloat16)
+    compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="standalone")
+    assert_within_rounding(exact, model, compiled)
+
+
+@pytest.mark.parametrize("compilation", ENGINE_MODES, ids=lambda compilation: compilation["mode"])
+def test_the_engines_tokens_are_those_of_eager(compilation: dict[str, Any]) -> None:
+    prompts = [{"prompt_token_ids": list(range(3, 3 + length))} for length in (1, 7, 30, 12)]
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    tokens = []
+    for config in ({"mode": "NONE"}, compilation):
+        llm = LLM(
+            str(tiny_checkpoint("qwen3")),
+            dtype="float32",
+            device="cpu",
+            max_model_len=64,
+            max_num_seqs=8,
+            max_num_batched_tokens=32,
+            skip_tokenizer_init=True,
+            compilation_config=config,
+        )
+        tokens.append([output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)])
+    assert tokens[0] == tokens[1]
 
 
 def test_fused_pieces_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -26,7 +27,13 @@ from workers.artifacts.library import ArtifactLibrary
 from workers.artifacts.names import blob_name
 from workers.compile import PieceInfo, compile_model, support_torch_compile
 from workers.compile.compiler import SplitModel, split_model
-from workers.compile.errors import BuildFailedError, CompileError, GraphBreakError, PlanMismatchError
+from workers.compile.errors import (
+    BuildFailedError,
+    CompileError,
+    GraphBreakError,
+    PlanMismatchError,
+    RecompileError,
+)
 from workers.compile.key import bundle_key
 from workers.compile.passes.standard import standard_passes
 from workers.compile.piece_set import PieceSet
@@ -189,12 +196,41 @@ def test_a_tensor_that_is_no_weight_is_refused() -> None:
         compile_model(_HasConstant(), config, {"x_TE": mixing_inputs()})
 
 
-def test_arguments_that_were_not_compiled_for_are_refused() -> None:
-    compiled = compile_mixing(MixingModel(2))
-    with pytest.raises(ValueError, match=r"x_TE is torch\.float64 \(4, 8\); the model was compiled for torch\.float32"):
-        compiled(mixing_inputs().double())
-    with pytest.raises(ValueError, match="with 2 dimensions"):
-        compiled(mixing_inputs()[None])
+@pytest.mark.parametrize("mode", ["DYNAMO_TRACE_ONCE", "VLLM_COMPILE"])
+@torch.inference_mode()
+def test_arguments_that_were_not_compiled_for_are_refused(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where there are no guards: by name, with the line of the model, a log record and a count."""
+    compiled = compile_mixing(MixingModel(2), mode=mode)
+    compiled(mixing_inputs(3))
+    x_TE = mixing_inputs()
+    with caplog.at_level("ERROR", logger="workers.compile"):
+        for wrong, sentence in (
+            (x_TE.double(), r"x_TE is torch\.float64 \(4, 8\), and the model was compiled for torch\.float32"),
+            (x_TE[None], "with 2 dimensions"),
+            (x_TE[:, :5], r"8 in dimension 1"),
+        ):
+            with pytest.raises(RecompileError, match=sentence) as error:
+                compiled(wrong)
+            assert re.match(r".*compile_cases\.py:\d+ \(MixingModel.forward\) would compile again", str(error.value))
+    records = [record for record in caplog.records if record.name == "workers.compile.arguments"]
+    assert compiled.counters.num_recompiles_refused == len(records) == 3
+    compiled(x_TE)
+
+
+@support_torch_compile
+class _TwoInputs(nn.Module):
+    def forward(self, x_TE: torch.Tensor, unread_T: torch.Tensor, y_TE: torch.Tensor) -> torch.Tensor:
+        torch._check(x_TE.shape[0] == y_TE.shape[0])  # type: ignore[no-untyped-call]
+        return x_TE + y_TE
+
+
+def test_arguments_must_agree_on_the_number_of_tokens() -> None:
+    config = CompilationConfig(mode="VLLM_COMPILE", piece_format="fx")
+    example = {"x_TE": mixing_inputs(), "unread_T": torch.ones(4), "y_TE": mixing_inputs(seed=1)}
+    compiled = compile_model(_TwoInputs(), config, example)
+    torch.testing.assert_close(compiled(*example.values()), example["x_TE"] + example["y_TE"])
+    with pytest.raises(RecompileError, match=r"y_TE is torch\.float32 \(3, 8\).* 4 in dimension 0"):
+        compiled(mixing_inputs(), torch.ones(4), mixing_inputs(3))
 
 
 def test_a_second_process_finds_everything_in_the_store() -> None:
@@ -206,6 +242,31 @@ def test_a_second_process_finds_everything_in_the_store() -> None:
     assert (warm.counters.num_traces, warm.counters.num_compiled, warm.counters.num_loaded) == (0, 0, 3)
     x_TE = mixing_inputs()
     torch.testing.assert_close(warm(x_TE), MixingModel(2, seed=1)(x_TE))
+
+
+def test_what_a_start_does_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cold and warm: the same builds, loads and reads at 3 and at 24 layers; only the plan is longer."""
+    reads: list[str] = []
+    read = ArtifactLibrary.read
+
+    def counted(self: ArtifactLibrary, bundle: Any, entry: Any) -> bytes:
+        reads.append(entry.kind)
+        return read(self, bundle, entry)
+
+    monkeypatch.setattr(ArtifactLibrary, "read", counted)
+    starts, plan_bytes = [], []
+    for num_layers in (3, 24):
+        library = ArtifactLibrary.in_memory()
+        for _ in range(2):
+            reads.clear()
+            compiled = compile_mixing(MixingModel(num_layers), library=library, compile_sizes=[1])
+            counters = dataclasses.astuple(compiled.counters)
+            starts.append((compiled.report.is_warm, compiled.report.num_unique_pieces, counters, len(reads)))
+        assert compiled.plan is not None
+        plan_bytes.append(len(compiled.plan.to_json()))
+    assert starts[:2] == starts[2:]
+    assert [is_warm for is_warm, *_ in starts[:2]] == [False, True]
+    assert plan_bytes[1] - plan_bytes[0] < 21 * 600
 
 
 def test_what_compiled_code_depends_on_is_part_of_the_key() -> None:

@@ -7,12 +7,15 @@ import dataclasses
 import pytest
 
 from workers.compile.errors import PlanMismatchError
-from workers.compile.plan import PLAN_VERSION, Build, OpStep, PieceRecord, PieceStep, Plan, TensorSpec
+from workers.compile.plan import PLAN_VERSION, Build, InputSpec, OpStep, PieceRecord, PieceStep, Plan, TensorSpec
 
 WEIGHTS = [
     TensorSpec("layers.0.weight", "torch.float32", (4, 8), (8, 1)),
     TensorSpec("layers.1.weight", "torch.float32", (4, 8), (8, 1)),
 ]
+
+
+INPUTS = [InputSpec("float32", "cpu", ("n0", 8), (8, 1)), InputSpec("float32", "cpu", (4, 8), (8, 1))]
 
 
 def make_plan() -> Plan:
@@ -29,8 +32,12 @@ def make_plan() -> Plan:
         results=["v2"],
         returns_tuple=False,
         pieces={
-            "first": PieceRecord({"linear": 1}, [Build("fx", None, "aa", 2, 0.1), Build("fx", 4, "bb", 2, 0.1)]),
-            "last": PieceRecord({"add": 2}, [Build("fx", None, "cc", 2, 0.1), Build("aoti", None, "dd", 2, 9.0)]),
+            "first": PieceRecord(
+                {"linear": 1}, INPUTS, [Build("fx", None, "aa", 2, 0.1), Build("fx", 4, "bb", 2, 0.1)]
+            ),
+            "last": PieceRecord(
+                {"add": 2}, INPUTS, [Build("fx", None, "cc", 2, 0.1), Build("aoti", None, "dd", 2, 9.0)]
+            ),
         },
         passes={"noop_elimination": 3},
         trace_seconds=0.5,
@@ -46,10 +53,19 @@ def test_a_format_counts_only_if_every_piece_has_it() -> None:
     assert plan.formats() == ["fx"]
     assert plan.formats(size=4) == []
     assert plan.piece_calls() == ["first", "last"]
+    assert plan.sizes() == [None, 4]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"version": 1}', make_plan().to_json()[:-10], make_plan().to_json().replace("arg", "arx")]
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        f'{{"version": {PLAN_VERSION}}}',
+        make_plan().to_json()[:-10],
+        make_plan().to_json().replace("arg", "arx"),
+    ],
 )
 def test_a_damaged_plan_is_refused(text: str) -> None:
     with pytest.raises(PlanMismatchError, match="damaged"):

@@ -1,4 +1,4 @@
-"""A plan's summary counts what the plan holds, and its picture has a row for every step."""
+"""A plan's summary counts what the plan holds, and its picture shows every step once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from xml.etree import ElementTree
 
 from tests.unit.test_compile_plan import make_plan
+from workers.compile.plan import Plan
 from workers.compile.show import split_svg, summarize
 
 
@@ -20,7 +21,34 @@ def test_the_summary_counts_calls_ops_and_builds() -> None:
     assert json.loads(json.dumps(summary.to_dict()))["pieces"][1]["ops"] == {"add": 2}
 
 
-def test_the_picture_has_a_row_for_every_step() -> None:
-    root = ElementTree.fromstring(split_svg(make_plan()))
-    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts == ["0: piece first  1 ops: 1 linear", "test::op(3)", "1: piece last  2 ops: 2 add"]
+def texts_of(plan: Plan) -> list[str | None]:
+    root = ElementTree.fromstring(split_svg(plan))
+    return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_picture_shows_every_step_and_what_was_built() -> None:
+    assert texts_of(make_plan()) == [
+        "piece first: 1 call, 1 ops",
+        "1 linear",
+        "fx, every size: 0.10 s, 2 bytes",
+        "fx, size 4: 0.10 s, 2 bytes",
+        "test::op",
+        "piece last: 1 call, 2 ops",
+        "2 add",
+        "fx, every size: 0.10 s, 2 bytes",
+        "aoti, every size: 9.00 s, 2 bytes",
+    ]
+
+
+def test_the_picture_folds_layers() -> None:
+    plan = make_plan()
+    first, op, last = plan.steps
+    plan.steps = [first, op, *[last, op] * 30]
+    texts = texts_of(plan)
+    assert [text for text in texts if text and text.startswith(("piece", "test", "×"))] == [
+        "piece first: 1 call, 1 ops",
+        "test::op",
+        "piece last: 30 calls, 2 ops",
+        "× 30",
+        "test::op",
+    ]

@@ -214,7 +214,8 @@ def _num_dispatches(graph: fx.GraphModule) -> int:
 
 def _num_kernels(graph: fx.GraphModule) -> int:
     """ATen ops that compute something: neither views nor allocations."""
-    return sum(_gives_tensors(node) and _is_kernel(node.target) for node in lower(graph).graph.nodes)
+    inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+    return sum(_gives_tensors(node) and _is_kernel(node.target) for node in lower(graph, inputs).graph.nodes)
 
 
 def _gives_tensors(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ Knows graphs; knows nothing about who compiles them and where.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from workers.compile.plan import InputSpec
 from workers.compile.split import op_name
 
 #: Characters of a piece key.
@@ -25,10 +27,14 @@ def piece_key(graph: fx.GraphModule) -> str:
     The code is under canonical names already; sizes that vary are numbered in the order of their appearance, so the
     key is the same in every process.
     """
-    symbols: dict[str, str] = {}
-    inputs = [_signature(node.meta["example_value"], symbols) for node in graph.graph.find_nodes(op="placeholder")]
-    text = json.dumps([graph.code, inputs])
+    text = json.dumps([graph.code, [dataclasses.astuple(spec) for spec in input_specs(graph)]])
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def input_specs(graph: fx.GraphModule) -> list[InputSpec]:
+    """The piece's inputs as data."""
+    symbols: dict[str, str] = {}
+    return [_input_spec(node.meta["example_value"], symbols) for node in graph.graph.find_nodes(op="placeholder")]
 
 
 def operation_counts(graph: fx.GraphModule) -> dict[str, int]:
@@ -47,10 +53,10 @@ def size_text(size: Any, symbols: dict[str, str]) -> int | str:
     return str(expression.subs({symbol: symbols[str(symbol)] for symbol in expression.free_symbols}))
 
 
-def _signature(value: torch.Tensor, symbols: dict[str, str]) -> list[Any]:
-    shape = [size_text(size, symbols) for size in value.shape]
-    stride = [size_text(step, symbols) for step in value.stride()]
-    return [str(value.dtype), value.device.type, shape, stride, value.requires_grad]
+def _input_spec(value: torch.Tensor, symbols: dict[str, str]) -> InputSpec:
+    shape = tuple(size_text(size, symbols) for size in value.shape)
+    stride = tuple(size_text(step, symbols) for step in value.stride())
+    return InputSpec(str(value.dtype).removeprefix("torch."), value.device.type, shape, stride)
 
 
 def _operation(node: fx.Node) -> str:

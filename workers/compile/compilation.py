@@ -172,8 +172,11 @@ class PieceCompilation:
             for key, record in split.plan.pieces.items():
                 record.builds = stored.pieces[key].builds if key in stored.pieces else []
         self._take_over(pieces, lookup.bad_blobs)
+        # The sources come first: whoever finds them can build any other format.
+        num_sources = build_pieces(split.plan, split.sources, make_format("fx"), pieces.blobs)
         builder = make_format(piece_format, options, size_options)
-        self._counters.num_compiled += build_pieces(split, builder, pieces.blobs, self.sizes, self._account)
+        num_built = build_pieces(split.plan, split.sources, builder, pieces.blobs, self.sizes, self._account)
+        self._counters.num_compiled += num_built + (num_sources if piece_format == "fx" else 0)
         if not lookup.bad_blobs.isdisjoint(pieces.blobs):
             raise BuildFailedError("What was built is, to the byte, what is in quarantine.")
         pieces.probes = {size: record_probes(split.graphs, size) for size in self.sizes}

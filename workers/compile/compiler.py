@@ -16,11 +16,12 @@ import torch
 from torch import fx, nn
 
 from workers.artifacts.digest import sha256
-from workers.compile.canonical import operation_counts, piece_key, size_text
+from workers.compile.canonical import input_specs, operation_counts, piece_key, size_text
 from workers.compile.formats.base import PieceFormat
+from workers.compile.formats.fx_code import source_of
 from workers.compile.passes.manager import PassManager
 from workers.compile.plan import Build, OpStep, PieceRecord, PieceStep, Plan, TensorSpec, Value
-from workers.compile.specialize import specialize
+from workers.compile.specialize import example_inputs
 from workers.compile.split import Region, SplitCall, split
 from workers.compile.trace import TracedModel, trace
 from workers.compile.weights import tensor_spec
@@ -35,11 +36,13 @@ class SplitModel:
 
     Attributes:
         graphs: Unique pieces by key, in the order of their first call.
+        sources: The same as text, from which any format is built.
         full_graph: What was split, after the passes.
     """
 
     plan: Plan
     graphs: dict[str, fx.GraphModule]
+    sources: dict[str, bytes]
     full_graph: fx.GraphModule
 
 
@@ -71,11 +74,13 @@ def split_model(
     plan.factors, plan.passes = dict(factors), matches
     calls = plan.piece_calls()
     logger.info("traced in %.2f s: %d pieces, %d of them unique", traced.seconds, len(calls), len(graphs))
-    return SplitModel(plan, graphs, traced.graph)
+    sources = {key: source_of(graph) for key, graph in graphs.items()}
+    return SplitModel(plan, graphs, sources, traced.graph)
 
 
 def build_pieces(
-    split_model: SplitModel,
+    plan: Plan,
+    sources: Mapping[str, bytes],
     piece_format: PieceFormat,
     blobs: dict[str, bytes],
     sizes: Sequence[int | None] = (None,),
@@ -83,8 +88,11 @@ def build_pieces(
 ) -> int:
     """Compile every unique piece, and put the builds into the plan.
 
+    A plan and its pieces' sources are enough: there is no model, and no trace.
+
     Args:
-        blobs: Takes the bytes, by their digest.
+        sources: What each piece computes, by its key.
+        blobs: Takes the bytes of builds, by their digest.
         sizes: Values of the dynamic dimension to compile for; None stands for all of them.
         account: Where every build is written down, as part of a start.
 
@@ -92,15 +100,14 @@ def build_pieces(
         How many builds were made; those that the plan has already are kept.
     """
     num_built, account = 0, account or StartupAccount()
-    for key, graph in split_model.graphs.items():
-        record = split_model.plan.pieces[key]
+    for key, record in plan.pieces.items():
         for size in sizes:
             if record.find_build(piece_format.name, size) is not None:
                 continue
             what = "every size" if size is None else f"size {size}"
             started = time.perf_counter()
             with account.phase(f"piece {key[:8]}", f"{piece_format.name} for {what}") as phase:
-                data = piece_format.build(specialize(graph, size))
+                data = piece_format.build(sources[key], example_inputs(record.inputs, size))
                 phase.num_bytes = len(data)
             seconds = time.perf_counter() - started
             digest = sha256(data)
@@ -137,7 +144,7 @@ class _Planner:
             steps=steps,
             results=[self._value(result) for result in results],
             returns_tuple=self._traced.returns_tuple,
-            pieces={key: PieceRecord(operation_counts(graph)) for key, graph in graphs.items()},
+            pieces={key: PieceRecord(operation_counts(graph), input_specs(graph)) for key, graph in graphs.items()},
             passes={},
             trace_seconds=round(self._traced.seconds, 3),
         )

@@ -6,7 +6,7 @@ Before a compiler gets a piece, whatever composites are left are replaced by the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,15 +48,18 @@ def set_example_value(node: fx.Node) -> None:
         node.meta["example_value"] = node.target(*args, **kwargs)
 
 
-def lower(graph: fx.GraphModule) -> fx.GraphModule:
-    """A piece as ATen operators, composites included; example values are kept."""
+def lower(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """A piece as ATen operators, composites included, with example values.
+
+    Args:
+        inputs: Fake tensors of one mode.
+    """
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
-    fake_mode = inputs[0].fake_mode
+    fake_mode: Any = inputs[0].fake_mode  # type: ignore[attr-defined]  # of fake tensors
     with fake_mode, enable_python_dispatcher(), torch.no_grad():
-        lowered = make_fx(graph)(*inputs)
+        lowered = make_fx(function)(*inputs)
     for node in lowered.graph.nodes:
         if "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]

@@ -14,8 +14,10 @@ import torch
 from torch import fx, nn
 
 from workers.compile import torch_compat
+from workers.compile.arguments import ArgumentCheck
 from workers.compile.counters import CompileCounters
 from workers.compile.errors import RecompileError
+from workers.compile.plan import TensorSpec
 from workers.compile.specialize import TYPICAL_SIZE
 from workers.compile.trace import example_copies, fresh_forward, run_dynamo
 from workers.graphs.context import ForwardContext, set_forward_context
@@ -30,8 +32,8 @@ class DynamoModel:
         model: Its ``forward`` is traced for every size of the dynamic dimensions, in one graph.
         example_args: A tensor for each argument; values must be valid inputs, since the compiled model is run once.
         dims: The dynamic dimension of each argument.
-        keeps_guards: Whether Dynamo goes on checking what it assumed (stock), or not (trace once). Without guards, a
-            batch of another dtype or rank would be misread, so nothing but the sizes of ``dims`` may vary.
+        keeps_guards: Whether Dynamo goes on checking what it assumed (stock), or not (trace once). Without guards
+            nothing but the sizes of ``dims`` may vary, which is checked here.
         options: Inductor options.
         counters: Counts traces and refused recompiles.
 
@@ -64,6 +66,8 @@ class DynamoModel:
             size = None if keeps_guards else TYPICAL_SIZE
             run_dynamo(self._compiled, example_copies(example_args, dims, size=size))
         self._is_started = True
+        specs = [_spec(name, example_args[name], dim) for name, dim in dims.items()]
+        self._check = None if keeps_guards else ArgumentCheck(specs, list(dims.values()), self._where, counters)
         logger.info("compiled in %.2f s", time.perf_counter() - started)
 
     def __call__(self, *args: torch.Tensor) -> Any:
@@ -72,6 +76,8 @@ class DynamoModel:
         Raises:
             RecompileError: The batch would have to be compiled for.
         """
+        if self._check is not None:
+            self._check.size(args)
         try:
             return self._compiled(*args)
         except Exception as error:
@@ -98,6 +104,11 @@ class DynamoModel:
 
     def _note_guard(self, reason: str) -> None:
         self._failed_guard = reason
+
+
+def _spec(name: str, example: torch.Tensor, dim: int) -> TensorSpec:
+    shape = [*example.shape]
+    return TensorSpec(name, str(example.dtype), (*shape[: dim % len(shape)], "n0", *shape[dim % len(shape) + 1 :]))
 
 
 def _find(error: BaseException | None, kind: type[RecompileError]) -> RecompileError | None:

@@ -155,7 +155,8 @@ def compile_model(
     compilation = PieceCompilation(
         model, config, example_args, splitting_ops, library or ArtifactLibrary.in_memory(), key, counters, account
     )
-    loading = _Loading(compilation, flight, str(device), wrap_piece, counters, account)
+    where = torch_compat.first_line(type(model).forward)
+    loading = _Loading(compilation, flight, str(device), wrap_piece, where, counters, account)
     piecewise, pieces = loading.load(weight_names(model))
     return CompiledModel(piecewise, loading.report(pieces, mode, started), counters, pieces.plan)
 
@@ -167,6 +168,7 @@ class _Loading:
         compilation: Where they come from.
         flight: Who builds.
         device: Where they run.
+        where: ``file:line (name)`` of the model's code.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class _Loading:
         flight: BuildFlight,
         device: str,
         wrap_piece: WrapPiece | None,
+        where: str,
         counters: CompileCounters,
         account: StartupAccount,
     ) -> None:
@@ -183,6 +186,7 @@ class _Loading:
         self._flight = flight
         self._device = device
         self._wrap_piece = wrap_piece
+        self._where = where
         self._counters = counters
         self._check_seconds = self._load_seconds = 0.0
 
@@ -252,6 +256,7 @@ class _Loading:
                     weights,
                     sizes=[size for size in sizes if size is not None],
                     wrap_piece=self._wrap_piece,
+                    where=self._where,
                     counters=self._counters,
                 )
         except CompileError:

@@ -67,6 +67,21 @@ class PieceSet:
                     self.probes[entry.size] = self.library.read(self.bundle, entry)
         self.fetch_seconds += time.perf_counter() - started
 
+    def sources(self) -> dict[str, bytes]:
+        """What each piece computes, by its key, verified.
+
+        Raises:
+            PlanMismatchError: There is none.
+            RefusedError: Bytes are missing or damaged; the bundle has been quarantined.
+            StoreError: The store is in trouble.
+        """
+        of_sources = dataclasses.replace(self, piece_format="fx")
+        of_sources.fetch([None])
+        return {
+            key: self.blobs[build.sha256]
+            for key, build in zip(self.plan.pieces, of_sources.builds([None]), strict=True)
+        }
+
     def builds(self, sizes: Iterable[int | None]) -> list[Build]:
         """The builds that this set loads.
 
@@ -126,5 +141,5 @@ def additions(plan: Plan, blobs: Mapping[str, bytes], probes: Mapping[int | None
 
 def plan_bytes(plan: Plan) -> bytes:
     """The plan as it is stored: without builds, which are entries of their own."""
-    pieces = {key: PieceRecord(record.ops) for key, record in plan.pieces.items()}
+    pieces = {key: PieceRecord(record.ops, record.inputs) for key, record in plan.pieces.items()}
     return dataclasses.replace(plan, pieces=pieces, trace_seconds=0.0).to_json().encode()

@@ -6,27 +6,17 @@ nothing else. The cold path, in ``workers.compile.compiler``, is imported when i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
+from workers.compile.arguments import ArgumentCheck
 from workers.compile.counters import CompileCounters
 from workers.compile.formats.base import make_format
 from workers.compile.piece_set import PieceSet
 from workers.compile.stitch import LoadedPiece, Runner, WrapPiece, stitch
 from workers.compile.weights import tensor_spec
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Check:
-    """What an argument must be."""
-
-    name: str
-    dtype: torch.dtype
-    ndim: int
-    dim: int
 
 
 class PiecewiseModel:
@@ -38,7 +28,8 @@ class PiecewiseModel:
         sizes: Batch sizes to load builds of their own for.
         wrap_piece: Called for every piece call, in the order of the pass, for the runner of every size and then for
             those compiled for one size.
-        counters: Counts loaded pieces.
+        where: ``file:line (name)`` of the model's code, for errors.
+        counters: Counts loaded pieces and refused batches.
 
     Raises:
         PlanMismatchError: The weights are not those the plan was compiled for, or there is no such build.
@@ -51,6 +42,7 @@ class PiecewiseModel:
         *,
         sizes: Iterable[int] = (),
         wrap_piece: WrapPiece | None = None,
+        where: str = "The model",
         counters: CompileCounters | None = None,
     ) -> None:
         plan = pieces.plan
@@ -58,11 +50,7 @@ class PiecewiseModel:
         self.plan = plan
         self.piece_format = pieces.piece_format
         self._counters = counters if counters is not None else CompileCounters()
-        self._checks = [
-            _Check(spec.name, getattr(torch, spec.dtype.removeprefix("torch.")), len(spec.shape), dim)
-            for spec, dim in zip(plan.arguments, plan.dynamic_dims, strict=True)
-            if spec.dtype
-        ]
+        self._check = ArgumentCheck(plan.arguments, plan.dynamic_dims, where, self._counters)
         loader = make_format(pieces.piece_format)
 
         def runner(size: int | None) -> Runner:
@@ -79,18 +67,6 @@ class PiecewiseModel:
         """Run a batch; the dynamic dimensions of all arguments have one size.
 
         Raises:
-            ValueError: An argument has another dtype, rank or size than the pieces were compiled for.
+            RecompileError: An argument has another dtype, rank or size than the pieces were compiled for.
         """
-        size = self._size(args)
-        return self._by_size.get(size, self._general)(*args)
-
-    def _size(self, args: tuple[torch.Tensor, ...]) -> int:
-        first = self._checks[0]
-        size = args[0].shape[first.dim]
-        for check, arg in zip(self._checks, args, strict=True):
-            if arg.dtype is not check.dtype or arg.dim() != check.ndim or arg.shape[check.dim] != size:
-                raise ValueError(
-                    f"{check.name} is {arg.dtype} {tuple(arg.shape)}; the model was compiled for {check.dtype} with"
-                    f" {check.ndim} dimensions, {size} in dimension {check.dim}"
-                )
-        return size
+        return self._by_size.get(self._check.size(args), self._general)(*args)

@@ -14,7 +14,7 @@ from typing import Any, Self
 from workers.compile.errors import PlanMismatchError
 
 #: Raise it whenever a plan of the previous code would be misread.
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 #: A value of the plan: ``a0`` argument, ``w3`` weight, ``v5`` result of an earlier step; or ``{"const": ...}``, or a
 #: list of values.
@@ -73,16 +73,33 @@ class Build:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputSpec:
+    """An input of a piece.
+
+    Attributes:
+        shape: Sizes; a string is arithmetic on sizes that vary (``n0``).
+        stride: In elements; likewise.
+    """
+
+    dtype: str
+    device: str
+    shape: tuple[int | str, ...]
+    stride: tuple[int | str, ...]
+
+
 @dataclasses.dataclass(slots=True)
 class PieceRecord:
-    """A unique piece.
+    """A unique piece. With its source, its build in the format ``fx``, it can be built in any format.
 
     Attributes:
         ops: Number of calls of each operation in it.
+        inputs: What it takes.
         builds: Its compiled forms.
     """
 
     ops: dict[str, int]
+    inputs: list[InputSpec]
     builds: list[Build] = dataclasses.field(default_factory=list)
 
     def find_build(self, piece_format: str, size: int | None) -> Build | None:
@@ -127,6 +144,11 @@ class Plan:
         names = dict.fromkeys(build.format for record in self.pieces.values() for build in record.builds)
         return [name for name in names if all(record.find_build(name, size) for record in self.pieces.values())]
 
+    def sizes(self) -> list[int | None]:
+        """Sizes that there are builds for, None (every size) first."""
+        sizes = {build.size for record in self.pieces.values() for build in record.builds}
+        return sorted(sizes, key=lambda size: size or 0)
+
     def check_weights(self, weights: Mapping[str, TensorSpec]) -> None:
         """Compare the live model's weights with those the plan was compiled for.
 
@@ -157,10 +179,7 @@ class Plan:
             fields["arguments"] = [_tensor_spec(spec) for spec in fields["arguments"]]
             fields["weights"] = [_tensor_spec(spec) for spec in fields["weights"]]
             fields["steps"] = [PieceStep(**step) if "piece" in step else OpStep(**step) for step in fields["steps"]]
-            fields["pieces"] = {
-                key: PieceRecord(record["ops"], [Build(**build) for build in record["builds"]])
-                for key, record in fields["pieces"].items()
-            }
+            fields["pieces"] = {key: _piece_record(record) for key, record in fields["pieces"].items()}
             return cls(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanMismatchError(f"The plan is damaged: {error}.") from error
@@ -168,6 +187,14 @@ class Plan:
 
 def _tensor_spec(fields: dict[str, Any]) -> TensorSpec:
     return TensorSpec(fields["name"], fields["dtype"], tuple(fields["shape"]), tuple(fields["stride"]))
+
+
+def _piece_record(fields: dict[str, Any]) -> PieceRecord:
+    inputs = [
+        InputSpec(spec["dtype"], spec["device"], tuple(spec["shape"]), tuple(spec["stride"]))
+        for spec in fields["inputs"]
+    ]
+    return PieceRecord(fields["ops"], inputs, [Build(**build) for build in fields["builds"]])
 
 
 def _weight_problems(expected: list[TensorSpec], weights: Mapping[str, TensorSpec]) -> Iterator[str]:

@@ -132,10 +132,10 @@ def find_problem(expected: Probe, outputs: Sequence[torch.Tensor]) -> str | None
 
 
 def _record(graph: fx.GraphModule, size: int | None) -> Probe:
-    from workers.compile.specialize import specialize
+    from workers.compile.canonical import input_specs
+    from workers.compile.specialize import example_inputs
 
-    placeholders = specialize(graph, size or PROBE_TOKENS).graph.find_nodes(op="placeholder")
-    values = [node.meta["example_value"] for node in placeholders]
+    values = example_inputs(input_specs(graph), size or PROBE_TOKENS)
     inputs = tuple(Input(str(value.dtype), tuple(value.shape), tuple(value.stride())) for value in values)
     if not values or values[0].device.type == "meta":
         return Probe(inputs, None)

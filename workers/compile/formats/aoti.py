@@ -12,18 +12,18 @@ import shutil
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
 
 from workers.compile import torch_compat
 from workers.compile.composites import lower
 from workers.compile.errors import CompileError
 from workers.compile.formats.base import PieceFormat
+from workers.compile.formats.fx_code import function_of
 from workers.compile.shared_library import check_shared_cxx_runtime, shared_runtime_compiler
 from workers.compile.stitch import LoadedPiece
 
@@ -41,7 +41,7 @@ class AOTInductorFormat(PieceFormat):
     #: Inductor's own, fused with what surrounds it.
     tuned_size_options: ClassVar[Mapping[str, Any]] = {"coordinate_descent_tuning": True}
 
-    def build(self, graph: fx.GraphModule) -> bytes:
+    def build(self, source: bytes, inputs: Sequence[torch.Tensor]) -> bytes:
         """Compile into a package.
 
         Raises:
@@ -51,8 +51,7 @@ class AOTInductorFormat(PieceFormat):
         import torch._inductor
         from torch._inductor.package.package import package_aoti
 
-        graph = lower(graph)
-        inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        graph = lower(function_of(source), inputs)
         compiler = os.environ.get("CXX", "g++")
         with (
             torch.inference_mode(False),

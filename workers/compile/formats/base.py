@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
 
 from workers.compile.errors import CompileError
 from workers.compile.stitch import LoadedPiece
@@ -52,8 +51,13 @@ class PieceFormat(abc.ABC):
         return self._options | (dict(self.tuned_size_options) if any(value.is_cuda for value in inputs) else {})
 
     @abc.abstractmethod
-    def build(self, graph: fx.GraphModule) -> bytes:
-        """Compile a piece; its placeholders carry fake values as ``meta["example_value"]``."""
+    def build(self, source: bytes, inputs: Sequence[torch.Tensor]) -> bytes:
+        """Compile a piece.
+
+        Args:
+            source: What it computes, from :func:`workers.compile.formats.fx_code.source_of`; code, so verified.
+            inputs: Fake tensors: the sizes to compile for.
+        """
 
     @abc.abstractmethod
     def load(self, data: bytes) -> LoadedPiece:

@@ -7,15 +7,16 @@ which is compiled again where Inductor's own cache does not have it.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import fx
 
 from workers.compile import torch_compat
 from workers.compile.composites import lower
 from workers.compile.formats.base import PieceFormat
+from workers.compile.formats.fx_code import function_of
 from workers.compile.prefetch import wait_for_compiler
 from workers.compile.stitch import LoadedPiece
 
@@ -25,16 +26,15 @@ class StandaloneFormat(PieceFormat):
 
     name: ClassVar[str] = "standalone"
 
-    def build(self, graph: fx.GraphModule) -> bytes:
+    def build(self, source: bytes, inputs: Sequence[torch.Tensor]) -> bytes:
         """Compile; tuning, if the options ask for it, runs on the current device."""
         from torch._inductor import standalone_compile
 
         torch_compat.prepare_inductor()
-        graph = lower(graph)
-        inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        graph = lower(function_of(source), inputs)
         with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             options = {"config_patches": self.options_for(inputs)}
-            artifact = standalone_compile(graph, inputs, dynamic_shapes="from_graph", options=options, aot=True)
+            artifact = standalone_compile(graph, list(inputs), dynamic_shapes="from_graph", options=options, aot=True)
             path = Path(folder) / "piece"
             artifact.save(path=str(path), format="binary")
             return path.read_bytes()
