@@ -141,7 +141,7 @@ class _Trial:
             bare = self._run(inputs_of, self._bare)
             return self._compare(self._call(plain, inputs), self._call(plain, bare))
         if self.form is FormName.COMPILED:
-            built = self._steps.format.load(self._steps.format.build(graph)).as_function()
+            built = self._steps.compile(graph).as_function()
             return self._compare(self._call(built, inputs), self._call(plain, inputs))
         return self._compare(self._replayed(plain, inputs), self._call(plain, inputs))
 

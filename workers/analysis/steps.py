@@ -14,12 +14,15 @@ import torch
 from torch import fx
 
 from workers.analysis.harness import ModelHarness
+from workers.compile.canonical import input_specs
 from workers.compile.compiler import split_model
 from workers.compile.decorator import dynamic_arg_dims
 from workers.compile.formats.base import PieceFormat, make_format
+from workers.compile.formats.fx_code import function_of, source_of
 from workers.compile.key import inductor_options
 from workers.compile.passes.standard import standard_passes
 from workers.compile.plan import PieceStep, Value
+from workers.compile.specialize import example_inputs
 from workers.compile.split import op_name
 from workers.compile.stitch import LoadedPiece, PieceInfo, WrapPiece, stitch
 from workers.compile.weights import weight_names
@@ -53,7 +56,7 @@ class ModelSteps:
         assert model.plan is not None
         assert model.report.piece_format is not None
         self.plan = model.plan
-        self.format: PieceFormat = make_format(model.report.piece_format, inductor_options(config))
+        self._format: PieceFormat = make_format(model.report.piece_format, inductor_options(config))
         self._weights = weight_names(harness.model)
         ids = torch.zeros(2, dtype=torch.int64, device=harness.device)
         example = {"input_ids_T": ids, "positions_T": ids.clone()}
@@ -92,6 +95,10 @@ class ModelSteps:
     def graph_of(self, index: int) -> fx.GraphModule:
         """The graph of piece step ``index``."""
         return self.graphs[self._piece_step(index).piece]
+
+    def compile(self, graph: fx.GraphModule) -> LoadedPiece:
+        """A piece's graph, or part of one, compiled as pieces are served."""
+        return self._format.load(self._format.build(source_of(graph), example_inputs(input_specs(graph), None)))
 
     def is_piece(self, index: int) -> bool:
         """Whether step ``index`` is a piece, and not an op between pieces."""
@@ -138,8 +145,7 @@ class ModelSteps:
 
 def run_op_by_op(graph: fx.GraphModule) -> LoadedPiece:
     """A piece as the ops of its graph."""
-    plain = make_format("fx")
-    return plain.load(plain.build(graph))
+    return LoadedPiece(function_of(source_of(graph)))
 
 
 def checkable_nodes(graph: fx.GraphModule) -> list[fx.Node]:
