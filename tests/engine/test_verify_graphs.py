@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import fx
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
@@ -125,21 +126,8 @@ class WrongFormat(FxFormat):
 
     name = "standalone"
 
-    def build(self, graph: fx.GraphModule) -> bytes:
-        return super().build(_wrong_copy(graph))
-
-
-def _wrong_copy(graph: fx.GraphModule) -> fx.GraphModule:
-    copy = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    output = copy.graph_copy(graph.graph, copies)
-    copy.output(output)
-    for node in list(copy.nodes):
-        if "silu_and_mul" in str(node.target):
-            with copy.inserting_after(node):
-                wrong = copy.call_function(torch.ops.aten.mul.Tensor, (node, 1.5))
-            node.replace_all_uses_with(wrong, delete_user_cb=lambda user, wrong=wrong: user is not wrong)
-    return fx.GraphModule(graph, copy)
+    def build(self, source: bytes, inputs: Sequence[torch.Tensor]) -> bytes:
+        return re.sub(rb"(= _warmgraph_silu_and_mul_default\([^)]*\))", rb"\1 * 1.5", source)
 
 
 def test_what_is_right_passes_in_every_form() -> None:
