@@ -7,6 +7,7 @@ Knows plans, graphs and pieces; knows nothing about batches or about what counts
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class ModelSteps:
     Attributes:
         plan: All steps.
         compiled: Pieces as they are served, by key.
-        plain: The same pieces, run op by op.
+        format: How they were compiled.
     """
 
     def __init__(self, harness: ModelHarness) -> None:
@@ -58,18 +59,27 @@ class ModelSteps:
         self.plan = model.plan
         self._format: PieceFormat = make_format(model.report.piece_format, inductor_options(config))
         self._weights = weight_names(harness.model)
-        ids = torch.zeros(2, dtype=torch.int64, device=harness.device)
-        example = {"input_ids_T": ids, "positions_T": ids.clone()}
-        splitting_ops = harness.attention.splitting_ops
-        self.graphs: dict[str, fx.GraphModule] = split_model(
-            harness.model,
-            example,
-            dynamic_arg_dims(harness.model),
-            splitting_ops=splitting_ops,
-            passes=standard_passes(config.pass_config, splitting_ops),
+        self._harness = harness
+        self._passes = standard_passes(config.pass_config, harness.attention.splitting_ops)
+
+    @functools.cached_property
+    def graphs(self) -> dict[str, fx.GraphModule]:
+        """Pieces as graphs, by key. Traces the model once more, so only where something is wrong."""
+        model, device = self._harness.model, self._harness.device
+        ids = torch.zeros(2, dtype=torch.int64, device=device)
+        return split_model(
+            model,
+            {"input_ids_T": ids, "positions_T": ids.clone()},
+            dynamic_arg_dims(model),
+            splitting_ops=self._harness.attention.splitting_ops,
+            passes=self._passes,
             factors={},
         ).graphs
-        self.plain = {key: run_op_by_op(graph) for key, graph in self.graphs.items()}
+
+    @functools.cached_property
+    def plain(self) -> dict[str, LoadedPiece]:
+        """The same pieces, run op by op."""
+        return {key: run_op_by_op(graph) for key, graph in self.graphs.items()}
 
     def whole(self, pieces: Mapping[str, LoadedPiece], wrap_piece: WrapPiece | None = None) -> Any:
         """The forward pass, with something around each piece."""
