@@ -16,6 +16,9 @@ from cluster.routing.registry import DEFAULT_POLICY, POLICIES
 from workers.config import EngineConfig, describe_validation_error
 from workers.errors import ConfigError
 
+#: Pace at which load is reported for autoscaling, in seconds. Serve takes 40 s to react at its default of 10.
+METRICS_INTERVAL_S = 0.5
+
 
 class _Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -42,11 +45,42 @@ class HttpConfig(_Section):
     ingress_cpus: float = pydantic.Field(default=0.1, ge=0)
 
 
+class AutoscalingConfig(_Section):
+    """How the number of a model's replicas follows its load.
+
+    Attributes:
+        min_replicas: Fewest; with 0 an idle model has none, and a request waits until one is ready.
+        max_replicas: Most.
+        queue_target_s: Time within which a queue should be worked off once the replicas started for it are ready.
+        utilization: Share of a replica's full speed that steady load may use.
+        downscale_delay_s: How long fewer replicas must suffice before one is drained.
+        downscale_to_zero_delay_s: How long a model must be idle before its last replica is drained.
+        expected_start_s: How long a start takes, as long as none was measured.
+        policy: ``by_work``, or the import path of a function of your own, as ``package.module:function``.
+    """
+
+    min_replicas: int = pydantic.Field(default=1, ge=0)
+    max_replicas: int = pydantic.Field(ge=1)
+    queue_target_s: float = pydantic.Field(default=5.0, gt=0)
+    utilization: float = pydantic.Field(default=0.8, gt=0, le=1)
+    downscale_delay_s: float = pydantic.Field(default=60.0, ge=0)
+    downscale_to_zero_delay_s: float = pydantic.Field(default=300.0, ge=0)
+    expected_start_s: float = pydantic.Field(default=30.0, ge=0)
+    policy: str = pydantic.Field(default="by_work", pattern=r"^by_work$|^[\w.]+:\w+$")
+
+    @pydantic.model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas must not exceed max_replicas")
+        return self
+
+
 class ReplicaConfig(_Section):
     """How many engines a model gets, and what each may use.
 
     Attributes:
-        num_replicas: Engines, each in a process of its own.
+        num_replicas: Engines, each in a process of its own; with autoscaling, how many there are at first.
+        autoscaling: Lets the number follow the load; None keeps it.
         num_cpus: CPUs that Ray reserves for each.
         num_gpus: GPUs that Ray reserves for each; a fraction shares a device.
         max_queued_requests: Requests that may wait for each replica; beyond it the answer is 429. They wait at the
@@ -61,12 +95,14 @@ class ReplicaConfig(_Section):
         step_timeout_s: An engine that is at one step for longer than this hangs.
         heartbeat_timeout_s: A replica that an ingress has not heard of for this long is lost: its streams go on
             elsewhere.
-        graceful_shutdown_timeout_s: How long a stopping replica may finish what it runs.
+        graceful_shutdown_timeout_s: How long a stopping replica may finish what it runs; then its streams go on at
+            another one.
         keep_spare: Keep a process with torch imported on every node that runs an engine, so that the next replica
             there, or one that takes its place, pays no imports.
     """
 
-    num_replicas: int = pydantic.Field(default=1, ge=1)
+    num_replicas: int = pydantic.Field(default=1, ge=0)
+    autoscaling: AutoscalingConfig | None = None
     num_cpus: float = pydantic.Field(default=1.0, ge=0)
     num_gpus: float = pydantic.Field(default=0.0, ge=0)
     max_queued_requests: int = pydantic.Field(default=256, ge=1)
@@ -78,6 +114,19 @@ class ReplicaConfig(_Section):
     step_timeout_s: float = pydantic.Field(default=60.0, gt=0)
     heartbeat_timeout_s: float = pydantic.Field(default=10.0, gt=0)
     graceful_shutdown_timeout_s: float = pydantic.Field(default=20.0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _starts_within_bounds(self) -> Self:
+        scaling = self.autoscaling
+        if scaling is None and not self.num_replicas:
+            raise ValueError("num_replicas must be at least 1 without autoscaling")
+        if scaling is not None and not scaling.min_replicas <= self.num_replicas <= scaling.max_replicas:
+            raise ValueError(
+                f"num_replicas, with which a model begins, must lie between min_replicas={scaling.min_replicas} and "
+                f"max_replicas={scaling.max_replicas}, got {self.num_replicas}"
+            )
+        return self
+
     keep_spare: bool = True
 
 

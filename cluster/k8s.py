@@ -39,6 +39,9 @@ def serve_config(config: DeploymentConfig) -> dict[str, Any]:
 def ray_service(config: DeploymentConfig, image: str) -> dict[str, Any]:
     """A KubeRay ``RayService`` with one worker group per model.
 
+    Where a model scales, its group does too, and Ray's autoscaler adds and removes its pods; the ingress then has a
+    group of its own, so that it does not keep an engine's pod alive.
+
     Args:
         config: The deployment.
         image: Container image with warmgraph installed and the models in its cache or on a volume.
@@ -55,7 +58,8 @@ def ray_service(config: DeploymentConfig, image: str) -> dict[str, Any]:
                     "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
                     "template": _pod("ray-head", image, _HEAD_RESOURCES, _HEAD_RESOURCES, config.http.port),
                 },
-                "workerGroupSpecs": [_worker_group(model, image, config) for model in config.models],
+                **({"enableInTreeAutoscaling": True} if any(m.replicas.autoscaling for m in config.models) else {}),
+                "workerGroupSpecs": [*_ingress_groups(config, image), *_engine_groups(config, image)],
             },
         },
     }
@@ -77,8 +81,28 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _BlockDumper.add_representer(str, _represent_text)
 
 
+def _engine_groups(config: DeploymentConfig, image: str) -> list[dict[str, Any]]:
+    return [_worker_group(model, image, config) for model in config.models]
+
+
+def _ingress_groups(config: DeploymentConfig, image: str) -> list[dict[str, Any]]:
+    if not any(model.replicas.autoscaling for model in config.models):
+        return []  # it lives beside the engines
+    resources = {"cpu": str(max(1, math.ceil(config.http.ingress_cpus))), "memory": "2Gi"}
+    return [
+        {
+            "groupName": "ingress",
+            "replicas": config.http.ingress_replicas,
+            "minReplicas": config.http.ingress_replicas,
+            "maxReplicas": config.http.ingress_replicas,
+            "rayStartParams": {},
+            "template": _pod("ray-worker", image, resources, resources, config.http.port),
+        }
+    ]
+
+
 def _worker_group(model: ModelDeployment, image: str, config: DeploymentConfig) -> dict[str, Any]:
-    replicas = model.replicas
+    replicas, scaling = model.replicas, model.replicas.autoscaling
     cpus = max(1, math.ceil(replicas.num_cpus + config.http.ingress_cpus))
     memory = _ENGINE_OVERHEAD + (model.engine.kv_cache_memory_bytes or _GIB)
     requests = {"cpu": str(cpus), "memory": f"{math.ceil(memory / _GIB)}Gi"}
@@ -88,8 +112,8 @@ def _worker_group(model: ModelDeployment, image: str, config: DeploymentConfig) 
     return {
         "groupName": "engine-" + "".join(c if c.isalnum() else "-" for c in model.name.lower()),
         "replicas": replicas.num_replicas,
-        "minReplicas": replicas.num_replicas,
-        "maxReplicas": replicas.num_replicas,
+        "minReplicas": scaling.min_replicas if scaling else replicas.num_replicas,
+        "maxReplicas": scaling.max_replicas if scaling else replicas.num_replicas,
         "rayStartParams": {},
         "template": _pod("ray-worker", image, requests, limits, config.http.port),
     }

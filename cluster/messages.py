@@ -125,6 +125,27 @@ class ReplicaStatus:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class IngressLoad:
+    """What an ingress holds back and what comes in, for autoscaling. Filled by the fleet.
+
+    Attributes:
+        num_held: Requests that wait for a place at a replica.
+        held_prompt_tokens: Their prompts.
+        held_output_tokens: What they will probably generate.
+        prompt_tokens_per_s: Prompt tokens that come in, held or not.
+        output_tokens_per_s: Tokens to generate that come in, probably.
+        output_ratio: What requests generate of their ``max_tokens``, on average.
+    """
+
+    num_held: float = 0.0
+    held_prompt_tokens: float = 0.0
+    held_output_tokens: float = 0.0
+    prompt_tokens_per_s: float = 0.0
+    output_tokens_per_s: float = 0.0
+    output_ratio: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SubmitReply:
     """A replica's answer to a submission.
 

@@ -75,10 +75,12 @@ class FairQueue(Generic[ItemT]):
             self._ring.rotate(-1)
         return None
 
-    def discard(self, item: ItemT) -> None:
-        """Take out an item that does not want to wait any more; one that is gone is passed over."""
-        if item in self._flow_of:
+    def discard(self, item: ItemT) -> bool:
+        """Take out an item that does not want to wait any more; False if it is not here."""
+        is_here = item in self._flow_of
+        if is_here:
             self._remove(item)
+        return is_here
 
     def give_back(self, flow_name: str, cost: float) -> None:
         """Credit a flow with cost that it was charged and did not cause. Only a flow that waits has credit to keep."""

@@ -64,9 +64,9 @@ class WaitingRoom(Generic[TicketT]):
             )
         self._queue.push(key_name, ticket, num_tokens, weight)
 
-    def leave(self, ticket: TicketT) -> None:
-        """Stop waiting without having been called; a ticket that is not here is passed over."""
-        self._queue.discard(ticket)
+    def leave(self, ticket: TicketT) -> bool:
+        """Stop waiting without having been called; False if the ticket is not here."""
+        return self._queue.discard(ticket)
 
     def call_next(self) -> TicketT | None:
         """The ticket whose turn it is, taken out; None if nobody waits."""

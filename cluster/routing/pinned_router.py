@@ -33,4 +33,6 @@ class PinnedRouter(RequestRouter):
         # Without this Serve asks again at once, for ever and without yielding, while the replica is not there.
         pending_request.routing_context.should_backoff = True
         pinned: Any = pending_request.kwargs["replica_id"]
+        if pinned is None:  # any replica will do: the call is there to be waiting
+            return [list(candidate_replicas)]
         return [[replica for replica in candidate_replicas if replica.replica_id.unique_id == pinned]]

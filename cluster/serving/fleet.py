@@ -7,19 +7,20 @@ whatever becomes of the replicas that produce them. Knows links and policies; kn
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import ReplicaConfig
+from cluster.config import METRICS_INTERVAL_S, ReplicaConfig
 from cluster.messages import GenerateRequest, ReplicaStatus
 from cluster.routing import running_replicas
 from cluster.routing.policies import RoutingPolicy
 from cluster.routing.snapshot import ReplicaSnapshot, RoutingRequest
 from cluster.serving.failover import ReplicaLostError, ResumableRequest
 from cluster.serving.gate import Gate
-from cluster.serving.link import SILENT_TICKS, ReplicaLink
+from cluster.serving.link import SILENT_TICKS, ReplicaLink, call_any_replica
 from cluster.serving.suspects import Suspects
 from cluster.serving.token_stream import TokenStream
 from workers.errors import EngineDeadError, InvalidRequestError, QueueFullError
@@ -53,7 +54,10 @@ class Fleet:
         self._start_timeout_s = replicas.start_timeout_s
         self._prefix_block_size = prefix_block_size
         self._tick_s = replicas.heartbeat_timeout_s / SILENT_TICKS
-        self._gate = Gate(lambda: self.snapshots, replicas)
+        self._gate = Gate(lambda: self.snapshots, replicas, self._wake)
+        self._autoscaling = replicas.autoscaling
+        self._ingress_id = uuid.uuid4().hex
+        self._waking: asyncio.Task[None] | None = None
         self._links: dict[str, ReplicaLink] = {}
         self._suspects = Suspects()
         self._connected = asyncio.Event()
@@ -71,6 +75,8 @@ class Fleet:
 
         running_replicas.listen(self._handle.app_name, self._handle.deployment_name, on_replicas)
         self._tasks.add(loop.create_task(self._tick()))
+        if self._autoscaling is not None:
+            self._tasks.add(loop.create_task(self._report_load()))
 
     @property
     def snapshots(self) -> list[ReplicaSnapshot]:
@@ -108,7 +114,7 @@ class Fleet:
                     self._suspects.note_death(resumable, lost.death)
                 finally:
                     link.release(attempt.request_id, abort=not is_finished)
-        self._gate.give_back(request, resumable.num_tokens)
+        self._gate.finish(request, resumable.num_tokens)
 
     async def stats(self) -> dict[str, Any]:
         """Every connected replica's ``EngineStats``, by replica id; replicas that do not answer are left out."""
@@ -170,6 +176,27 @@ class Fleet:
         self._sequence += 1
         with_room = [snapshot for snapshot in snapshots if self._gate.has_room(snapshot)]
         return self._links[self._policy(routing, with_room or snapshots)]
+
+    # Autoscaling.
+
+    async def _report_load(self) -> None:
+        """Tell every replica what waits and comes in here; they pass it on to Serve's controller."""
+        was_idle = True
+        while True:
+            await asyncio.sleep(METRICS_INTERVAL_S)
+            load = self._gate.load()
+            is_idle = not (load.num_held or load.prompt_tokens_per_s or load.output_tokens_per_s)
+            if not (is_idle and was_idle):
+                links = [link for link in self._links.values() if link.is_routable]
+                await asyncio.gather(*(link.ask("report_ingress", self._ingress_id, load) for link in links))
+            was_idle = is_idle
+
+    def _wake(self) -> None:
+        """A request waits and there is no replica: let Serve see a waiting call, for which it starts one."""
+        if self._autoscaling is not None and (self._waking is None or self._waking.done()):
+            self._waking = asyncio.get_running_loop().create_task(call_any_replica(self._handle, "stats"))
+
+    # Replicas come and go.
 
     async def _tick(self) -> None:
         while True:

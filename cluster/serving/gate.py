@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 
 from cluster.admission.waiting_room import WaitingRoom
+from cluster.autoscaling.arrivals import ArrivalMeter
 from cluster.config import ReplicaConfig
-from cluster.messages import GenerateRequest
+from cluster.messages import GenerateRequest, IngressLoad
 from cluster.routing.snapshot import ReplicaSnapshot
 from workers.errors import EngineDeadError
 
@@ -27,6 +28,7 @@ def num_tokens_of(request: GenerateRequest) -> int:
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Ticket:
     request_id: str
+    num_prompt_tokens: int
     is_called: asyncio.Future[None]
 
 
@@ -48,6 +50,8 @@ class Gate:
         self._replicas = replicas
         self._config = config
         self._room: WaitingRoom[_Ticket] = WaitingRoom(time.monotonic, config.max_queued_tokens)
+        self._arrivals = ArrivalMeter(time.monotonic)
+        self._num_prompt_tokens = 0
         self._passing: set[str] = set()
         self._wake = wake
 
@@ -56,10 +60,10 @@ class Gate:
         """Requests that wait here."""
         return len(self._room)
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Their tokens, prompt and output."""
-        return self._room.num_tokens
+    def load(self) -> IngressLoad:
+        """What waits here and what comes in, for the autoscaler."""
+        num_output_tokens = self._room.num_tokens - self._num_prompt_tokens
+        return self._arrivals.load(self.num_waiting, self._num_prompt_tokens, num_output_tokens)
 
     def has_room(self, replica: ReplicaSnapshot) -> bool:
         """Whether one more request may go to a replica."""
@@ -73,14 +77,17 @@ class Gate:
             EngineDeadError: There is no replica, and none became ready in time.
         """
         num_tokens = num_tokens_of(request)
+        num_prompt_tokens = len(request.prompt_token_ids)
+        self._arrivals.arrive(num_prompt_tokens, num_tokens - num_prompt_tokens)
         if not len(self._room) and self._num_free() > 0:
             self._passing.add(request.request_id)
             self._room.note_passed(num_tokens)
             return
         num_replicas = len(self._replicas())
-        ticket = _Ticket(request.request_id, asyncio.get_running_loop().create_future())
+        ticket = _Ticket(request.request_id, num_prompt_tokens, asyncio.get_running_loop().create_future())
         max_requests = self._config.max_queued_requests * max(1, num_replicas)
         self._room.enter(ticket, request.key_name, request.weight, num_tokens, max_requests)
+        self._num_prompt_tokens += num_prompt_tokens
         if not num_replicas:
             self._wake()
         try:
@@ -91,7 +98,8 @@ class Gate:
                         f"No replica was ready within {self._config.start_timeout_s:.0f} s; try again later."
                     )
         finally:
-            self._room.leave(ticket)
+            if self._room.leave(ticket):
+                self._num_prompt_tokens -= num_prompt_tokens
 
     def passed(self, request_id: str) -> None:
         """A request is about to show in a replica's numbers, or has gone; others may look for a place after that."""
@@ -105,12 +113,15 @@ class Gate:
         while len(self._room) and self._num_free() > 0:
             ticket = self._room.call_next()
             assert ticket is not None
+            self._num_prompt_tokens -= ticket.num_prompt_tokens
             self._passing.add(ticket.request_id)
             ticket.is_called.set_result(None)
 
-    def give_back(self, request: GenerateRequest, num_generated: int) -> None:
-        """A request ended before it had generated all that it was counted for."""
-        self._room.give_back(request.key_name, max(0, (request.params.max_tokens or 0) - num_generated))
+    def finish(self, request: GenerateRequest, num_generated: int) -> None:
+        """A request ended by itself; it may have generated less than it was counted for."""
+        max_tokens = request.params.max_tokens or 0
+        self._arrivals.finish(max_tokens, num_generated)
+        self._room.give_back(request.key_name, max(0, max_tokens - num_generated))
 
     def _num_free(self) -> int:
         return sum(map(self._num_places, self._replicas())) - len(self._passing)

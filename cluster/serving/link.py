@@ -9,6 +9,7 @@ keeps what it owes, so that messages of an earlier one cannot be mixed into it. 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import uuid
@@ -227,10 +228,10 @@ class ReplicaLink:
             task.add_done_callback(self._background.discard)
         self._close_if_drained()
 
-    async def ask(self, method: str) -> Any:
+    async def ask(self, method: str, *args: Any) -> Any:
         """What a method of the replica returns, or None if it does not answer."""
         try:
-            return await self._call(method)
+            return await self._call(method, *args)
         except _FAILURES:
             return None
 
@@ -252,6 +253,16 @@ class ReplicaLink:
 
         task = asyncio.get_running_loop().create_task(call(), context=contextvars.Context())
         return await asyncio.wait_for(task, _CALL_TIMEOUT_S)
+
+
+async def call_any_replica(handle: DeploymentHandle[Any], method: str) -> None:
+    """Call whichever replica there is, or comes; what it answers does not matter."""
+
+    async def call() -> Any:
+        return await getattr(handle, method).remote(replica_id=None)
+
+    with contextlib.suppress(*_FAILURES):
+        await asyncio.get_running_loop().create_task(call(), context=contextvars.Context())
 
 
 def _ending(reader: asyncio.Task[None]) -> str:

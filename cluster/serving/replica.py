@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from cluster.autoscaling.replica_meter import ReplicaMeter
 from cluster.leases.client import ClusterLeases
-from cluster.messages import GenerateRequest, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
+from cluster.messages import GenerateRequest, IngressLoad, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
 from cluster.serving.outbox import Outbox
 from cluster.serving.spare import keep_spare
@@ -68,6 +70,8 @@ class EngineReplica:
         self._max_num_seqs = self._config.max_num_seqs
         self._stats = self._engine.stats()
         self._state = self._make_state(self._stats)
+        start_s = self._engine.startup_report().ready_s or 0.0
+        self._meter = ReplicaMeter(time.monotonic, self._stats, self._max_num_seqs, start_s)
         if keeps_spare:
             keep_spare()
 
@@ -126,6 +130,14 @@ class EngineReplica:
         """The load after the last step, the graph layer's account, and that of the start."""
         return ReplicaStatus(self._state, self._engine.graph_report(), self._engine.startup_report())
 
+    async def report_ingress(self, ingress_id: str, load: IngressLoad, replica_id: str | None = None) -> None:
+        """What waits at an ingress and comes in there, for the autoscaler."""
+        self._meter.note_ingress(ingress_id, load)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve several times per second where autoscaling is on."""
+        return self._meter.load().to_metrics()
+
     def __del__(self) -> None:
         """Called by Serve once this replica has drained: the engine keeps what the next start can use."""
         if hasattr(self, "_thread"):
@@ -168,6 +180,7 @@ class EngineReplica:
 
     def _publish(self, chunks: list[TokenChunk], stats: EngineStats) -> None:
         self._stats = stats
+        self._meter.note_step(stats)
         self._state = self._make_state(stats)
         by_client: dict[str, list[TokenChunk]] = {}
         for chunk in chunks:

@@ -41,11 +41,13 @@ class ServedModel:
         if not engine.skip_tokenizer_init:
             self.tokenizer = Tokenizer.from_folder(resolve_model(engine.tokenizer) if engine.tokenizer else folder)
         self.fleet = fleet
+        autoscaling = deployment.replicas.autoscaling
+        self._starts_on_demand = autoscaling is not None and autoscaling.min_replicas == 0
 
     @property
     def is_ready(self) -> bool:
-        """Whether a replica is connected."""
-        return bool(self.fleet.snapshots)
+        """Whether a replica is connected, or would be started by a request."""
+        return self._starts_on_demand or bool(self.fleet.snapshots)
 
     def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Generate one completion on a replica; see :meth:`Fleet.stream`."""

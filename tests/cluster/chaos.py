@@ -155,12 +155,12 @@ async def stream_during(
     return results, outcome
 
 
-async def kill_replicas(root_pid: int, num_kills: int, interval_s: float, seed: int = 0) -> int:
+async def kill_replicas(root_pid: int, num_kills: int, interval_s: float, seed: int = 0, part: str = ":engine-") -> int:
     """SIGKILL a random engine process every ``interval_s``, but never the only one; returns how many."""
     rng, num_killed = random.Random(seed), 0
     while num_killed < num_kills:
         await asyncio.sleep(interval_s)
-        pids = engine_pids(root_pid)
+        pids = replica_pids(root_pid, part)
         if len(pids) > 1:
             os.kill(rng.choice(pids), signal.SIGKILL)
             num_killed += 1

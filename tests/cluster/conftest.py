@@ -18,17 +18,19 @@ import openai
 import pytest
 import yaml
 
-from tests.cluster.chaos import engine_pids, replica_pids
+from tests.cluster.chaos import replica_pids
 from tests.model_fixtures import write_tiny_gguf
 from workers.checkpoint.convert import convert_gguf
 
 MODEL = "tiny"
+#: The same model again: with replicas that take turns, and with as many replicas as the load needs.
+TURNS, SCALED = "turns", "scaled"
 START_TIMEOUT_S = 180
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Deployment:
-    """A running deployment of two replicas of a tiny model.
+    """A running deployment of a tiny model under three names: ``MODEL`` with two replicas, ``TURNS`` and ``SCALED``.
 
     Attributes:
         url: Base URL of the API.
@@ -46,20 +48,20 @@ class Deployment:
         """The official client, without its own retries."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60)
 
-    def engine_pids(self) -> list[int]:
-        """Processes of the engine replicas."""
-        return engine_pids(self.process.pid)
+    def engine_pids(self, model: str = MODEL) -> list[int]:
+        """Processes of a model's engine replicas."""
+        return self.pids(f"engine-{model}")
 
     def pids(self, part: str) -> list[int]:
         """Serve replicas' processes whose command has ``part`` in it."""
         return replica_pids(self.process.pid, part)
 
-    def metric(self, name: str) -> dict[str, float]:
-        """One metric's values by its ``replica`` label."""
+    def metric(self, name: str, model: str = MODEL) -> dict[str, float]:
+        """One metric's values for a model by its ``replica`` label."""
         text = httpx.get(f"{self.url}/metrics", timeout=60).text
         values = {}
         for line in text.splitlines():
-            if line.startswith(name + "{"):
+            if line.startswith(name + "{") and f'model="{model}"' in line:
                 labels, value = line.rsplit(" ", 1)
                 values[labels.split('replica="')[1].split('"')[0]] = float(value)
         return values
@@ -94,27 +96,32 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """``warmgraph serve`` on two replicas; stopped with SIGINT, as Ctrl-C does, at the end of the session."""
     port = free_port()
+    engine = {
+        "model": str(tiny_model),
+        "dtype": "float32",
+        "device": "cpu",
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,
+        "num_threads": 1,
+    }
+    replicas = {
+        "num_replicas": 2,
+        "num_cpus": 0.1,
+        "max_queued_requests": 24,
+        "health_check_period_s": 1,
+        "health_check_timeout_s": 3,
+        "heartbeat_timeout_s": 4,
+    }
+    scaling = {"min_replicas": 0, "max_replicas": 3, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 2}
     config = {
         "models": [
+            {"name": MODEL, "engine": engine, "replicas": replicas},
+            {"name": TURNS, "engine": engine, "replicas": replicas, "routing": {"policy": "round_robin"}},
             {
-                "name": MODEL,
-                "engine": {
-                    "model": str(tiny_model),
-                    "dtype": "float32",
-                    "device": "cpu",
-                    "max_num_seqs": 16,
-                    "max_num_batched_tokens": 64,
-                    "num_threads": 1,
-                },
-                "replicas": {
-                    "num_replicas": 2,
-                    "num_cpus": 0.1,
-                    "max_queued_requests": 48,
-                    "health_check_period_s": 1,
-                    "health_check_timeout_s": 3,
-                    "heartbeat_timeout_s": 4,
-                },
-            }
+                "name": SCALED,
+                "engine": {**engine, "max_num_seqs": 2},
+                "replicas": {**replicas, "num_replicas": 0, "max_queued_requests": 100, "autoscaling": scaling},
+            },
         ],
         "http": {"port": port, "max_body_bytes": 65536},
     }

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cluster.cli.graphs import app as graphs_command
 from cluster.cli.startup import app as startup_command
-from tests.cluster.conftest import MODEL, Deployment
+from tests.cluster.conftest import MODEL, SCALED, TURNS, Deployment
 from workers import LLM, SamplingParams
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -114,13 +114,13 @@ def test_status_and_its_command_show_every_replica(deployment: Deployment) -> No
 
 async def test_models_are_listed(deployment: Deployment) -> None:
     async with deployment.client() as client:
-        assert [model.id async for model in client.models.list()] == [MODEL]
+        assert [model.id async for model in client.models.list()] == [MODEL, TURNS, SCALED]
 
 
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({"model": "other"}, 404, "'other' is not served here; use 'tiny'"),
+        ({"model": "other"}, 404, "'other' is not served here; use 'tiny', 'turns', 'scaled'"),
         ({"prompt": "x" * 300}, 400, "shorten the prompt"),
         ({"temperature": -1}, 400, "temperature"),
         ({"prompt": ""}, 400, "prompt"),

@@ -32,7 +32,7 @@ def test_defaults_are_filled_in() -> None:
         ("models.0.engine.max_num_seq=3", "models.0.engine.max_num_seq: unknown key; did you mean 'max_num_seqs'?"),
         ("http.prot=3", "http.prot: unknown key; did you mean 'port'?"),
         ("modles=[]", "modles: unknown key; did you mean 'models'?"),
-        ("models.0.replicas.zzz=1", "unknown key; valid keys are engine_backlog, graceful_shutdown_timeout_s"),
+        ("models.0.replicas.zzz=1", "unknown key; valid keys are autoscaling, engine_backlog"),
         ("http.port=99999", "http.port: Input should be less than or equal to 65535 (got 99999)"),
         ("models.0.engine.dtype=bf16", "'float32', 'bfloat16' or 'float16' (got 'bf16')"),
         ("models.0.name=''", "models.0.name: String should match pattern"),

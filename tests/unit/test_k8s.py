@@ -52,7 +52,22 @@ def test_gpus_are_asked_for(config: DeploymentConfig) -> None:
     assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
-def test_the_shipped_manifest_is_up_to_date() -> None:
-    shipped = REPOSITORY / "k8s" / "rayservice-smollm2-cpu.yaml"
-    config = DeploymentConfig.from_file(REPOSITORY / "configs" / "smollm2-cpu.yaml")
+def test_groups_scale_with_their_models(config: DeploymentConfig) -> None:
+    data = config.to_dict()
+    data["models"][0]["replicas"]["autoscaling"] = {"min_replicas": 0, "max_replicas": 5}
+    cluster = ray_service(DeploymentConfig.from_dict(data), image="i")["spec"]["rayClusterConfig"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    ingress, engine = cluster["workerGroupSpecs"]
+    assert (ingress["groupName"], ingress["minReplicas"], ingress["maxReplicas"]) == ("ingress", 1, 1)
+    assert (engine["minReplicas"], engine["replicas"], engine["maxReplicas"]) == (0, 2, 5)
+
+
+def test_fixed_groups_ask_for_no_autoscaler(manifest: dict[str, Any]) -> None:
+    assert "enableInTreeAutoscaling" not in manifest["spec"]["rayClusterConfig"]
+
+
+@pytest.mark.parametrize("name", ["smollm2-cpu", "two-models-cpu"])
+def test_the_shipped_manifest_is_up_to_date(name: str) -> None:
+    shipped = REPOSITORY / "k8s" / f"rayservice-{name}.yaml"
+    config = DeploymentConfig.from_file(REPOSITORY / "configs" / f"{name}.yaml")
     assert yaml.safe_load(shipped.read_text()) == ray_service(config, image="warmgraph:0.1.0")

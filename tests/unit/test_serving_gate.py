@@ -63,11 +63,13 @@ async def test_as_many_pass_as_there_are_places_and_the_rest_follows_in_order() 
     tasks = [asyncio.create_task(place.run(request(str(number)))) for number in range(6)]
     await settle()
     assert place.running == ["0", "1", "2"]
-    assert (place.gate.num_waiting, place.gate.num_waiting_tokens) == (3, 33)
+    load = place.gate.load()
+    assert (load.num_held, load.held_prompt_tokens, load.held_output_tokens) == (3, 9, 24)
     for number in range(6):
         place.finish(str(number))
         await settle()
         assert len(place.running) <= 3
+    assert place.gate.load().held_prompt_tokens == 0
     await asyncio.gather(*tasks)
 
 

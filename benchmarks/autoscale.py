@@ -1,0 +1,190 @@
+"""Scaling a served model with its load: 1 -> 3 -> 1 and 0 -> 1, with the times of decisions, starts and drains.
+
+Starts ``warmgraph serve`` on a Ray cluster of its own, streams completions through the API, and asks Serve's controller
+ten times per second how many replicas it wants and has. A tiny random model is served unless --model names another.
+Ends in one JSON line.
+
+    python benchmarks/autoscale.py --max-replicas 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+MODEL = "scaled"
+
+
+def _config(model: str, port: int, args: argparse.Namespace) -> dict[str, Any]:
+    scaling = {"min_replicas": 0, "max_replicas": args.max_replicas, "downscale_delay_s": 5}
+    return {
+        "models": [
+            {
+                "name": MODEL,
+                "engine": {"model": model, "device": "cpu", "max_num_seqs": 4, "num_threads": 1},
+                "replicas": {
+                    "num_replicas": 1,
+                    "num_cpus": 0.1,
+                    "max_queued_requests": 10_000,
+                    "autoscaling": {**scaling, "downscale_to_zero_delay_s": 5},
+                },
+            }
+        ],
+        "http": {"port": port},
+    }
+
+
+def _tiny_model(folder: Path) -> str:
+    from tests.model_fixtures import write_tiny_gguf
+    from workers.checkpoint.convert import convert_gguf
+
+    (folder / "model").mkdir()
+    convert_gguf(write_tiny_gguf(folder / "tiny.gguf"), folder / "model")
+    return str(folder / "model")
+
+
+@contextlib.contextmanager
+def _served(args: argparse.Namespace) -> Iterator[str]:
+    """``warmgraph serve`` on a Ray cluster of its own, which this process joins to watch the controller."""
+    with tempfile.TemporaryDirectory(prefix="wg-", ignore_cleanup_errors=True) as name, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+        probe.close()
+        folder = Path(name)
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(_config(args.model or _tiny_model(folder), port, args)))
+        environment = {**os.environ, "WARMGRAPH_RAY_TEMP_DIR": name}
+        command = [sys.executable, "-m", "cluster.cli.main", "serve", str(path)]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if "Ctrl-C" in line:
+                    break
+            import ray
+
+            address = (folder / "ray_current_cluster").read_text().strip()
+            ray.init(address, logging_level="ERROR", log_to_driver=False)
+            yield f"http://127.0.0.1:{port}"
+            ray.shutdown()
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+class Watch:
+    """What the controller wants and has, with the seconds since the last :meth:`restart`."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count from here."""
+        self._started_s = time.monotonic()
+
+    def replicas(self) -> tuple[int, int]:
+        """Replicas that exist, starting ones among them, and those that run."""
+        from ray import serve
+
+        states = serve.status().applications["warmgraph"].deployments[f"engine-{MODEL}"].replica_states
+        living = {str(state): count for state, count in states.items() if "STOPPING" not in str(state)}
+        return sum(living.values()), sum(count for state, count in living.items() if "RUNNING" in state)
+
+    async def until(self, *, decided: int | None = None, running: int | None = None) -> float:
+        """Seconds until so many replicas were decided on, or ran."""
+        async with asyncio.timeout(300):
+            while True:
+                num_decided, num_running = await asyncio.to_thread(self.replicas)
+                if decided in (None, num_decided) and running in (None, num_running):
+                    return round(time.monotonic() - self._started_s, 2)
+                await asyncio.sleep(0.1)
+
+
+async def _stream(client: httpx.AsyncClient, url: str, max_tokens: int) -> float:
+    """One whole stream; returns the seconds to its first token."""
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
+    started, first, num_events = time.monotonic(), 0.0, 0
+    async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line == "data: [DONE]":
+                return first
+            if line.startswith("data: "):
+                assert "error" not in json.loads(line[6:]), line
+                first = first or time.monotonic() - started
+                num_events += 1
+    raise AssertionError(f"a stream was cut after {num_events} events")
+
+
+async def _measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
+    watch, results = Watch(), dict[str, Any]()
+    num_streams = 0
+
+    async def load(client: httpx.AsyncClient, stop: asyncio.Event) -> None:
+        nonlocal num_streams
+        while not stop.is_set():
+            await _stream(client, url, args.max_tokens)
+            num_streams += 1
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+        await watch.until(running=1)
+        await _stream(client, url, 8)
+        many, one = asyncio.Event(), asyncio.Event()
+        watch.restart()
+        crowd = [asyncio.create_task(load(client, many)) for _ in range(args.streams - 1)]
+        last = asyncio.create_task(load(client, one))
+        results["up_decided_2_s"] = await _until_at_least(watch, 2)
+        results["up_running_s"] = await watch.until(running=args.max_replicas)
+        await asyncio.sleep(args.hold_s)
+        many.set()
+        watch.restart()
+        await asyncio.gather(*crowd)
+        results["down_running_1_s"] = await watch.until(decided=1, running=1)
+        one.set()
+        await last
+        watch.restart()
+        results["down_to_zero_s"] = await watch.until(decided=0, running=0)
+        watch.restart()
+        results["from_zero_first_token_s"] = round(await _stream(client, url, 8), 2)
+    return {**results, "streams_complete": num_streams}
+
+
+async def _until_at_least(watch: Watch, num_replicas: int) -> float:
+    started = time.monotonic()
+    async with asyncio.timeout(300):
+        while (await asyncio.to_thread(watch.replicas))[0] < num_replicas:
+            await asyncio.sleep(0.05)
+    return round(time.monotonic() - started, 2)
+
+
+def main() -> None:
+    """Parse the arguments, serve, load, and print one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or name of an imported model; a tiny random one if not given")
+    parser.add_argument("--max-replicas", type=int, default=3)
+    parser.add_argument("--streams", type=int, default=24, help="concurrent streams of the load")
+    parser.add_argument("--max-tokens", type=int, default=100)
+    parser.add_argument("--hold-s", type=float, default=5.0, help="how long the load stays once all replicas run")
+    args = parser.parse_args()
+    with _served(args) as url:
+        results = asyncio.run(_measure(url, args))
+    print(json.dumps({"benchmark": "autoscale", "max_replicas": args.max_replicas, "streams": args.streams, **results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""One replica's report for the autoscaler: its load, the cost of its tokens, and what the ingresses told it."""
+
+from __future__ import annotations
+
+from cluster.admission.rate import Clock
+from cluster.autoscaling.load import ReplicaLoad
+from cluster.autoscaling.step_cost import StepCost
+from cluster.messages import IngressLoad
+from workers.engine.stats import EngineStats
+
+#: An ingress that has not reported for this long is gone, or has nothing to report, in seconds.
+_FORGET_S = 3.0
+
+
+class ReplicaMeter:
+    """Follows one engine.
+
+    Args:
+        clock: Where time comes from.
+        stats: Of the engine when it was ready.
+        max_num_seqs: Its full batch.
+        start_s: How long it took to become ready.
+    """
+
+    def __init__(self, clock: Clock, stats: EngineStats, max_num_seqs: int, start_s: float) -> None:
+        self._clock = clock
+        self._stats = stats
+        self._max_num_seqs = max_num_seqs
+        self._start_s = start_s
+        self._cost = StepCost()
+        self._ingresses: dict[str, tuple[float, IngressLoad]] = {}
+
+    def note_step(self, stats: EngineStats) -> None:
+        """Take in the engine's counters after one or more steps."""
+        before, self._stats = self._stats, stats
+        num_steps = stats.num_steps - before.num_steps
+        num_tokens = stats.num_computed_tokens - before.num_computed_tokens
+        if num_steps > 0 and num_tokens > 0:
+            self._cost.add(num_tokens, stats.busy_seconds - before.busy_seconds, num_steps)
+
+    def note_ingress(self, ingress_id: str, load: IngressLoad) -> None:
+        """Take in what an ingress reports."""
+        self._ingresses[ingress_id] = (self._clock(), load)
+
+    def load(self) -> ReplicaLoad:
+        """The report."""
+        scheduler = self._stats.scheduler
+        prompt_token_s, output_token_s = self._cost.token_s(self._max_num_seqs)
+        return ReplicaLoad(
+            num_requests=scheduler.num_running + scheduler.num_waiting,
+            prompt_tokens=scheduler.num_outstanding_tokens,
+            output_tokens=scheduler.num_tokens_to_generate,
+            prompt_token_s=prompt_token_s,
+            output_token_s=output_token_s,
+            start_s=self._start_s,
+            ingress=self._ingress_load(),
+        )
+
+    def _ingress_load(self) -> IngressLoad:
+        oldest_s = self._clock() - _FORGET_S
+        self._ingresses = {key: (at_s, load) for key, (at_s, load) in self._ingresses.items() if at_s >= oldest_s}
+        loads = [load for _, load in self._ingresses.values()]
+        if not loads:
+            return IngressLoad()
+        return IngressLoad(
+            num_held=sum(load.num_held for load in loads),
+            held_prompt_tokens=sum(load.held_prompt_tokens for load in loads),
+            held_output_tokens=sum(load.held_output_tokens for load in loads),
+            prompt_tokens_per_s=sum(load.prompt_tokens_per_s for load in loads),
+            output_tokens_per_s=sum(load.output_tokens_per_s for load in loads),
+            output_ratio=sum(load.output_ratio for load in loads) / len(loads),
+        )

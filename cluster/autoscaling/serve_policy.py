@@ -1,0 +1,50 @@
+"""The adapter to Ray Serve's autoscaler: reads replicas' metrics, asks the policy.
+
+Serve calls it about ten times per second and applies bounds and delays to the answer. It asks for one replica by itself
+when a call waits while there is none. Serve pickles this module by value: it must not hold state; what has to be
+remembered is handed back as Serve's policy state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+from cluster.autoscaling.load import ModelLoad, ReplicaLoad
+from cluster.autoscaling.policy import ScalingGoals, load_scaling_policy
+
+IMPORT_PATH = "cluster.autoscaling.serve_policy:ServePolicy"
+
+
+class ServePolicy:
+    """What Serve calls.
+
+    Args:
+        policy: Name or import path of a :data:`~cluster.autoscaling.policy.ScalingPolicy`.
+        queue_target_s, utilization: See :class:`ScalingGoals`.
+        start_s: How long a start takes, as long as none was measured.
+    """
+
+    def __init__(self, policy: str, queue_target_s: float, utilization: float, start_s: float) -> None:
+        self._policy = load_scaling_policy(policy)
+        self._goals = ScalingGoals(queue_target_s, utilization)
+        self._start_s = start_s
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """The number of replicas wanted, and what to remember."""
+        loads = _read_loads(context)
+        start_s = max((load.start_s for load in loads), default=context.policy_state.get("start_s", self._start_s))
+        load = ModelLoad(context.current_num_replicas, context.target_num_replicas, loads, start_s)
+        return self._policy(load, self._goals), {"start_s": start_s}
+
+
+def _read_loads(context: AutoscalingContext) -> list[ReplicaLoad]:
+    """The newest report of every running replica that has sent one."""
+    newest: dict[Any, dict[str, float]] = {}
+    for name, by_replica in (context.raw_metrics or {}).items():
+        for replica_id, series in by_replica.items():
+            if series:
+                newest.setdefault(replica_id, {})[name] = series[-1].value
+    loads = (ReplicaLoad.from_metrics(metrics) for metrics in newest.values())
+    return [load for load in loads if load is not None]
