@@ -112,9 +112,9 @@ class SimulatedReplica:
         pool = self._scheduler.block_pool
         return pool.num_hit_tokens, pool.num_query_tokens
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, cached_tokens: int) -> None:
         self._scheduler.add(request)
-        self.unreported[request.request_id] = request.num_prompt_tokens + 1
+        self.unreported[request.request_id] = request.num_prompt_tokens + 1 - cached_tokens
 
     def start_step(self) -> float | None:
         """Seconds that the next step takes, or None if there is nothing to do."""
@@ -206,7 +206,7 @@ def simulate(policy: LoadedPolicy, load: Load, profile: Profile, num_replicas: i
             names = names_of(hash_blocks(event.token_ids, BLOCK_SIZE)) if policy.reads_prefix else []
             routing = RoutingRequest(event.num_prompt_tokens, number, event.max_tokens)
             replica = replicas[policy.choose(routing, [r.snapshot(names) for r in replicas.values()])]
-            replica.add(event)
+            replica.add(event, replica.prefixes.longest_prefix(names) * BLOCK_SIZE)
             if not replica.is_idle:
                 continue
         else:

@@ -43,6 +43,7 @@ class FakeReplica:
         max_queued: Requests that it takes at most.
         max_num_seqs: What it reports.
         most_running: Most requests that it had at once.
+        num_submissions: Calls in which it was sent requests.
         poison: Requests of which it dies when a step includes them.
         received: Every request it was sent.
         aborted: Ids of requests that were aborted.
@@ -53,6 +54,7 @@ class FakeReplica:
         self.max_queued = 1000
         self.max_num_seqs = 100
         self.most_running = 0
+        self.num_submissions = 0
         self.poison = poison
         self.received: list[GenerateRequest] = []
         self.aborted: list[str] = []
@@ -74,8 +76,12 @@ class FakeReplica:
         for outbox in self._outboxes.values():
             outbox.wake()
 
-    async def submit(self, client_id: str, request: GenerateRequest) -> SubmitReply:
+    async def submit(self, client_id: str, requests: list[GenerateRequest]) -> list[SubmitReply]:
         await self._be_alive()
+        self.num_submissions += 1
+        return [self._submit(client_id, request) for request in requests]
+
+    def _submit(self, client_id: str, request: GenerateRequest) -> SubmitReply:
         self.received.append(request)
         if client_id not in self._outboxes:
             return SubmitReply(False)

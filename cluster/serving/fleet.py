@@ -153,9 +153,9 @@ class Fleet:
         retry_after_s = 0.0
         refused: set[str] = set()
         while links := [link for link in self._links.values() if link.is_routable and link.replica_id not in refused]:
-            link = self._choose(request, links)
+            link, cached_tokens = self._choose(request, links)
             self._gate.passed(request.request_id)
-            stream, reply = await link.offer(request)
+            stream, reply = await link.offer(request, cached_tokens)
             if reply.accepted:
                 return link, stream
             if reply.error is not None:
@@ -166,8 +166,8 @@ class Fleet:
             raise QueueFullError("Every replica's queue is full; try again later.", retry_after_s)
         return None
 
-    def _choose(self, request: GenerateRequest, links: list[ReplicaLink]) -> ReplicaLink:
-        """Ask the policy."""
+    def _choose(self, request: GenerateRequest, links: list[ReplicaLink]) -> tuple[ReplicaLink, int]:
+        """Ask the policy; returns its choice and how much of the prompt is cached there."""
         tokens = [*request.prompt_token_ids, *request.resume_token_ids]
         block_size = self._prefix_block_size or 0
         names = names_of(hash_blocks(tokens, block_size)) if block_size else []
@@ -175,7 +175,8 @@ class Fleet:
         routing = RoutingRequest(len(tokens), self._sequence, request.params.max_tokens or 16)
         self._sequence += 1
         with_room = [snapshot for snapshot in snapshots if self._gate.has_room(snapshot)]
-        return self._links[self._policy(routing, with_room or snapshots)]
+        chosen = self._policy(routing, with_room or snapshots)
+        return self._links[chosen], next(s.cached_tokens for s in snapshots if s.replica_id == chosen)
 
     # Autoscaling.
 

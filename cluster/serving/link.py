@@ -74,6 +74,8 @@ class ReplicaLink:
         self._unreported: dict[str, int] = {}
         self._taken: list[str] = []
         self._offers: set[asyncio.Task[Any]] = set()
+        self._parcel: dict[str, GenerateRequest] | None = None
+        self._parcel_call: asyncio.Task[dict[str, SubmitReply]] | None = None
         self._num_silent_ticks = 0
         self._reader: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[Any]] = set()
@@ -167,6 +169,7 @@ class ReplicaLink:
         self._streams.clear()
         for offer in self._offers:
             offer.cancel()
+        self._parcel = None
         self._on_change()
 
     def _close_if_drained(self) -> None:
@@ -175,8 +178,10 @@ class ReplicaLink:
 
     # Requests.
 
-    async def offer(self, request: GenerateRequest) -> tuple[TokenStream, SubmitReply]:
-        """Send a request. A replica that does not answer refuses it without a reason.
+    async def offer(self, request: GenerateRequest, cached_tokens: int = 0) -> tuple[TokenStream, SubmitReply]:
+        """Send a request, of which the replica probably has ``cached_tokens`` computed.
+
+        A replica that does not answer refuses it without a reason.
 
         One that dies meanwhile counts as having taken it, since it may have died of it: the stream tells.
 
@@ -185,16 +190,15 @@ class ReplicaLink:
         """
         request_id = request.request_id
         stream = self._streams[request_id] = TokenStream()
-        self._unreported[request_id] = len(request.prompt_token_ids) + 1
-        call = asyncio.get_running_loop().create_task(self._call("submit", self.connection_id, request))
+        self._unreported[request_id] = len(request.prompt_token_ids) + 1 - cached_tokens
+        call = self._post(request)
         reply = SubmitReply(False)
-        self._offers.add(call)
         try:
             await asyncio.wait([call])
-            reply = self._read_reply(call)
+            reply = self._read_reply(call, request_id)
         finally:
-            call.cancel()
-            self._offers.discard(call)
+            if self._parcel is not None:
+                self._parcel.pop(request_id, None)  # cancelled before it was sent
             if reply.accepted:
                 self._taken.append(request_id)
             else:
@@ -203,13 +207,27 @@ class ReplicaLink:
                 self.release(request_id, abort=reply.error is None and reply.retry_after_s is None)
         return stream, reply
 
-    def _read_reply(self, call: asyncio.Task[Any]) -> SubmitReply:
+    def _post(self, request: GenerateRequest) -> asyncio.Task[dict[str, SubmitReply]]:
+        """Send a request, in one call with all others of this turn of the event loop: calls cost more than requests."""
+        if self._parcel is None or self._parcel_call is None:
+            self._parcel = {}
+            self._parcel_call = asyncio.get_running_loop().create_task(self._send_parcel())
+            self._offers.add(self._parcel_call)
+            self._parcel_call.add_done_callback(self._offers.discard)
+        self._parcel[request.request_id] = request
+        return self._parcel_call
+
+    async def _send_parcel(self) -> dict[str, SubmitReply]:
+        parcel, self._parcel = self._parcel or {}, None
+        replies = await self._call("submit", self.connection_id, [*parcel.values()])
+        return dict(zip(parcel, replies, strict=True))
+
+    def _read_reply(self, call: asyncio.Task[dict[str, SubmitReply]], request_id: str) -> SubmitReply:
         if call.cancelled():
             return SubmitReply(True)  # the link was lost
         error = call.exception()
         if error is None:
-            reply: SubmitReply = call.result()
-            return reply
+            return call.result()[request_id]
         logger.warning("replica %s did not take a request: %s", self.replica_id, error)
         if isinstance(error, RayActorError) and self._reader is not None:
             self._lose("it died")

@@ -75,10 +75,15 @@ class EngineReplica:
         if keeps_spare:
             keep_spare()
 
-    async def submit(self, client_id: str, request: GenerateRequest, replica_id: str | None = None) -> SubmitReply:
-        """Queue a request whose tokens go to ``client_id``'s step stream, which must be open."""
+    async def submit(
+        self, client_id: str, requests: list[GenerateRequest], replica_id: str | None = None
+    ) -> list[SubmitReply]:
+        """Queue requests whose tokens go to ``client_id``'s step stream, which must be open; one reply for each."""
         if client_id not in self._outboxes:
-            return SubmitReply(False)
+            return [SubmitReply(False)] * len(requests)
+        return await asyncio.gather(*(self._submit(client_id, request) for request in requests))
+
+    async def _submit(self, client_id: str, request: GenerateRequest) -> SubmitReply:
         num_waiting = self._state.num_waiting
         if num_waiting >= self._max_queued_requests and not request.attempt:
             return SubmitReply(False, retry_after_s=self._retry_after_s())

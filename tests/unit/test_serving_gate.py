@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config import ReplicaConfig
 from cluster.messages import GenerateRequest
-from cluster.routing.policies import round_robin
+from cluster.routing.policies import balanced, round_robin
 from cluster.routing.snapshot import ReplicaSnapshot
 from cluster.serving.gate import Gate
 from tests.fleet_fakes import FakeCluster, until
@@ -130,6 +130,25 @@ async def test_without_a_replica_requests_wait_and_somebody_is_woken() -> None:
     with pytest.raises(EngineDeadError, match="No replica was ready within"):
         await place.run(request("too early"))
     assert place.gate.num_waiting == 0
+
+
+async def test_choices_of_a_request_go_in_parts_that_fit_one_call_for_each() -> None:
+    cluster = FakeCluster(balanced, engine_backlog=0)
+    replicas = [await cluster.start_replica() for _ in range(2)]
+    for replica, max_num_seqs in zip(replicas, (4, 8), strict=True):
+        replica.max_num_seqs = max_num_seqs
+    await until(lambda: {s.state.max_num_seqs for s in cluster.fleet.snapshots} == {4, 8})
+
+    async def run(number: int) -> None:
+        async with contextlib.aclosing(cluster.fleet.stream(request(str(number), max_tokens=50))) as stream:
+            async for _ in stream:
+                pass
+
+    choices = [asyncio.create_task(run(number)) for number in range(12)]
+    await until(lambda: sum(len(replica.received) for replica in replicas) == 12)
+    assert [len(replica.received) for replica in replicas] == [4, 8]
+    assert [replica.num_submissions for replica in replicas] == [1, 1]
+    await asyncio.gather(*choices)
 
 
 async def test_a_fleet_never_sends_more_than_a_replica_has_places() -> None:
