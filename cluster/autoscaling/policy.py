@@ -56,8 +56,9 @@ def by_work(load: ModelLoad, goals: ScalingGoals) -> int:
     steady = arriving / goals.utilization
     if math.ceil(steady) < load.num_replicas:
         steady = min(steady / _SHRINK_ROOM, load.num_replicas)
-    needed = max(steady, _for_queue(load, goals, arriving, prompt_s, output_s))
-    return max(1, math.ceil(needed - 1e-9))
+    needed = max(1, math.ceil(max(steady, _for_queue(load, goals, arriving, prompt_s, output_s)) - 1e-9))
+    # One that has just become ready has not had its share yet: too early to say that it is not needed.
+    return max(needed, load.num_replicas) if len(load.replicas) < load.num_replicas else needed
 
 
 def _for_queue(load: ModelLoad, goals: ScalingGoals, arriving: float, prompt_s: float, output_s: float) -> float:

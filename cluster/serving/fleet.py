@@ -181,15 +181,21 @@ class Fleet:
     # Autoscaling.
 
     async def _report_load(self) -> None:
-        """Tell every replica what waits and comes in here; they pass it on to Serve's controller."""
+        """Tell every replica what waits and comes in here; they pass it on to Serve's controller.
+
+        One that does not answer keeps nobody else waiting.
+        """
+        loop = asyncio.get_running_loop()
+        telling: dict[ReplicaLink, asyncio.Task[Any]] = {}
         was_idle = True
         while True:
             await asyncio.sleep(METRICS_INTERVAL_S)
             load = self._gate.load()
             is_idle = not (load.num_held or load.prompt_tokens_per_s or load.output_tokens_per_s)
-            if not (is_idle and was_idle):
-                links = [link for link in self._links.values() if link.is_routable]
-                await asyncio.gather(*(link.ask("report_ingress", self._ingress_id, load) for link in links))
+            telling = {link: task for link, task in telling.items() if not task.done()}
+            for link in self._links.values():
+                if link.is_routable and link not in telling and not (is_idle and was_idle):
+                    telling[link] = loop.create_task(link.ask("report_ingress", self._ingress_id, load))
             was_idle = is_idle
 
     def _wake(self) -> None:

@@ -77,7 +77,13 @@ def test_an_idle_model_needs_nobody_and_a_starting_one_is_left_alone() -> None:
     assert by_work(ModelLoad(2, 2, [replica(), replica()], 3.0), GOALS) == 0
     assert by_work(ModelLoad(0, 0, [], 3.0), GOALS) == 0
     new = replica(IngressLoad(num_held=3), output_token_s=0.0, prompt_token_s=0.0)
-    assert by_work(ModelLoad(1, 2, [new], 3.0), GOALS) == 2
+    assert by_work(ModelLoad(1, 2, [new], 3.0), GOALS) == 2, "it may be what a decision is waiting for"
+
+
+def test_a_replica_that_has_not_reported_is_not_taken_away() -> None:
+    busy = replica(IngressLoad(output_tokens_per_s=10), num_requests=1.0)
+    assert by_work(ModelLoad(3, 3, [busy], 3.0), GOALS) == 3
+    assert by_work(ModelLoad(3, 3, [busy] * 3, 3.0), GOALS) == 1
 
 
 @given(
