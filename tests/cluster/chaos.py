@@ -168,11 +168,6 @@ async def kill_replicas(root_pid: int, num_kills: int, interval_s: float, seed: 
     return num_killed
 
 
-def engine_pids(root_pid: int) -> list[int]:
-    """Processes of engine replicas below ``root_pid``."""
-    return replica_pids(root_pid, ":engine-")
-
-
 def replica_pids(root_pid: int, part: str) -> list[int]:
     """Processes of Serve replicas below ``root_pid`` whose command has ``part`` in it."""
     return [

@@ -112,14 +112,21 @@ def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         "health_check_timeout_s": 3,
         "heartbeat_timeout_s": 4,
     }
-    scaling = {"min_replicas": 0, "max_replicas": 3, "downscale_delay_s": 2, "downscale_to_zero_delay_s": 2}
+    scaling = {
+        "min_replicas": 0,
+        "max_replicas": 3,
+        "utilization": 0.6,
+        "queue_target_s": 0.5,
+        "downscale_delay_s": 3,
+        "downscale_to_zero_delay_s": 2,
+    }
     config = {
         "models": [
             {"name": MODEL, "engine": engine, "replicas": replicas},
             {"name": TURNS, "engine": engine, "replicas": replicas, "routing": {"policy": "round_robin"}},
             {
                 "name": SCALED,
-                "engine": {**engine, "max_num_seqs": 2},
+                "engine": {**engine, "max_num_seqs": 4},
                 "replicas": {**replicas, "num_replicas": 0, "max_queued_requests": 100, "autoscaling": scaling},
             },
         ],

@@ -110,9 +110,9 @@ async def test_a_model_scales_with_its_load_from_zero_and_back(deployment: Deplo
     scaled = Scaled(deployment)
     await scaled.wait_for(0, "no replica, one request")
     await scaled.ask()
-    await scaled.wait_for(1, "1 replica, answered; now 16 streams at a time")
+    await scaled.wait_for(1, "1 replica, answered; now 24 streams at a time")
     many, one = asyncio.Event(), asyncio.Event()
-    crowd = [asyncio.create_task(scaled.keep_asking(many)) for _ in range(15)]
+    crowd = [asyncio.create_task(scaled.keep_asking(many)) for _ in range(23)]
     last = asyncio.create_task(scaled.keep_asking(one))
     await scaled.wait_for(3, "3 replicas; now 1 stream at a time")
     many.set()
