@@ -6,6 +6,8 @@ chunk to the connection. Replicas have metrics of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -78,6 +80,12 @@ class HttpMetrics:
             ["model_name", "finished_reason"],
             registry=registry,
         )
+        self._held = Gauge(
+            "warmgraph_num_requests_held",
+            "Requests that wait at this ingress for a place at a replica",
+            ["model_name"],
+            registry=registry,
+        )
         self._models: dict[str, ModelMetrics] = {}
 
     def for_model(self, name: str) -> ModelMetrics:
@@ -94,6 +102,10 @@ class HttpMetrics:
                 },
             )
         return metrics
+
+    def watch_queue(self, name: str, num_held: Callable[[], float]) -> None:
+        """Show how many of a model's requests wait here, as ``num_held`` says when asked."""
+        self._held.labels(name).set_function(num_held)
 
     async def export(self) -> tuple[bytes, str]:
         """The registry in Prometheus' text format, and its content type."""

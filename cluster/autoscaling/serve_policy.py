@@ -7,12 +7,15 @@ remembered is handed back as Serve's policy state.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ray.serve.config import AutoscalingContext
 
 from cluster.autoscaling.load import ModelLoad, ReplicaLoad
 from cluster.autoscaling.policy import ScalingGoals, load_scaling_policy
+
+logger = logging.getLogger("ray.serve")
 
 IMPORT_PATH = "cluster.autoscaling.serve_policy:ServePolicy"
 
@@ -36,7 +39,18 @@ class ServePolicy:
         loads = _read_loads(context)
         start_s = max((load.start_s for load in loads), default=context.policy_state.get("start_s", self._start_s))
         load = ModelLoad(context.current_num_replicas, context.target_num_replicas, loads, start_s)
-        return self._policy(load, self._goals), {"start_s": start_s}
+        wanted = self._policy(load, self._goals)
+        if wanted != context.policy_state.get("wanted"):
+            logger.info(
+                "%s: the load asks for %d replicas, %d run; %.0f requests wait, %.0f prompt and %.0f output tokens/s",
+                context.deployment_name,
+                wanted,
+                load.num_replicas,
+                load.ingress.num_held,
+                load.ingress.prompt_tokens_per_s,
+                load.ingress.output_tokens_per_s,
+            )
+        return wanted, {"start_s": start_s, "wanted": wanted}
 
 
 def _read_loads(context: AutoscalingContext) -> list[ReplicaLoad]:

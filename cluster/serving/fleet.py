@@ -83,6 +83,11 @@ class Fleet:
         """The replicas that take requests."""
         return [link.snapshot() for link in self._links.values() if link.is_routable]
 
+    @property
+    def num_held(self) -> int:
+        """Requests that wait here for a place at a replica."""
+        return self._gate.num_waiting
+
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Run a request on a replica of the policy's choice and yield its chunks; closing the iterator aborts it.
 

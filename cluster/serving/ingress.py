@@ -51,6 +51,7 @@ class Ingress:
                 model.engine.block_size if reads_prefix else None,
             )
             models.append(ServedModel(model, fleet))
+            self._metrics.watch_queue(model.name, lambda fleet=fleet: fleet.num_held)  # type: ignore[misc]  # bound now
         self._directory = Directory(models)
         self._admission = _make_admission(self._config)
 
