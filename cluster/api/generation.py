@@ -64,6 +64,7 @@ class Generation:
         self._num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests[::n])
         self._num_generated_tokens = 0
         self._num_cached_tokens = 0
+        self._num_read_tokens = 0
 
     async def chunks(self) -> AsyncGenerator[tuple[int, TokenChunk], None]:
         """Every choice's chunks with its index, as they come. Closing it aborts what is still generated.
@@ -74,8 +75,7 @@ class Generation:
             RateLimitError: The caller's tokens are used up.
             DeadlineExceededError: The caller's deadline has passed; every choice is aborted.
         """
-        num_prompt_tokens = sum(len(request.prompt_token_ids) for request in self.requests)
-        num_charged = num_prompt_tokens + sum(request.params.max_tokens or 0 for request in self.requests)
+        num_charged = sum(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in self.requests)
         self._caller.take_tokens(num_charged)
         has_deadline = self._caller.time_left_s() is not None
         try:
@@ -96,7 +96,7 @@ class Generation:
             self._metrics.finished["error"].inc(len(self._unfinished))
             raise
         finally:
-            self._caller.give_back_tokens(num_charged - num_prompt_tokens - self._num_generated_tokens)
+            self._caller.give_back_tokens(num_charged - self._num_read_tokens - self._num_generated_tokens)
 
     async def collect(self) -> list[TokenChunk]:
         """Every choice as one chunk. Raises what :meth:`chunks` raises."""
@@ -141,6 +141,8 @@ class Generation:
             self._last_token_s[index] = now
             self._metrics.tokens.num_tokens += num_tokens
             self._num_generated_tokens += num_tokens
+        if chunk.num_cached_tokens is not None:  # a choice's first chunk
+            self._num_read_tokens += len(self.requests[index].prompt_token_ids)
         if chunk.num_cached_tokens is not None and index % self._n == 0:  # a prompt's first chunk
             self._num_cached_tokens += chunk.num_cached_tokens
             self._metrics.prompt_tokens.inc(len(self.requests[index].prompt_token_ids))

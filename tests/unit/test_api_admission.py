@@ -12,6 +12,7 @@ import pytest
 from cluster.admission.admission import Admission
 from cluster.admission.keys import ApiKey, KeyRing
 from tests.api_fakes import Api, Script, answer, error_of, events_of, make_api
+from workers.errors import QueueFullError
 
 KEYS = KeyRing(
     [
@@ -73,6 +74,13 @@ async def test_tokens_per_minute_count_what_was_used_in_the_end() -> None:
     refused = await post(api, "small", max_tokens=95, stream=True)
     assert refused.status_code == 429
     assert "'small' may use 100 tokens per minute" in error_of(refused)["message"]
+
+
+async def test_a_refused_request_costs_no_tokens() -> None:
+    api = keyed_api(lambda request: [QueueFullError("full", 3.0)])
+    for _ in range(2):
+        answered = await post(api, "small", max_tokens=90)
+        assert (answered.status_code, answered.headers["retry-after"]) == (429, "3")
 
 
 async def test_a_deadline_ends_a_request_that_has_not_begun() -> None:
