@@ -112,6 +112,8 @@ def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         "health_check_timeout_s": 3,
         "heartbeat_timeout_s": 4,
     }
+    # Both replicas as soon as anybody asks; none before, which would make every start slower.
+    on_demand = {"min_replicas": 0, "utilization": 0.001, "downscale_to_zero_delay_s": 5, "downscale_delay_s": 5}
     scaling = {
         "min_replicas": 0,
         "max_replicas": 3,
@@ -123,7 +125,12 @@ def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     config = {
         "models": [
             {"name": MODEL, "engine": engine, "replicas": replicas},
-            {"name": TURNS, "engine": engine, "replicas": replicas, "routing": {"policy": "round_robin"}},
+            {
+                "name": TURNS,
+                "engine": engine,
+                "replicas": {**replicas, "num_replicas": 0, "autoscaling": {**on_demand, "max_replicas": 2}},
+                "routing": {"policy": "round_robin"},
+            },
             {
                 "name": SCALED,
                 "engine": {**engine, "max_num_seqs": 4},

@@ -26,6 +26,13 @@ async def first_token_s(client: openai.AsyncOpenAI, model: str, prompt: str) -> 
     return first
 
 
+async def wait_for_replicas(deployment: Deployment, model: str, num_replicas: int) -> None:
+    """Ask until there are so many."""
+    async with asyncio.timeout(120), deployment.client() as client:
+        while len(deployment.metric("warmgraph_engine_steps_total", model)) != num_replicas:
+            await first_token_s(client, model, "anybody there?")
+
+
 async def hit_rate_on_shared_prefixes(deployment: Deployment, model: str) -> tuple[float, float]:
     """The share of prompt tokens found in a cache, and the mean seconds to the first token."""
 
@@ -48,6 +55,7 @@ async def hit_rate_on_shared_prefixes(deployment: Deployment, model: str) -> tup
 
 async def test_prefixes_are_found_where_they_are(deployment: Deployment) -> None:
     """Two models, the same but for their policy: each prefix is computed once instead of once per replica."""
+    await wait_for_replicas(deployment, TURNS, 2)
     turns, turns_s = await hit_rate_on_shared_prefixes(deployment, TURNS)
     balanced, balanced_s = await hit_rate_on_shared_prefixes(deployment, MODEL)
     print(f"\nhit rate and TTFT: balanced {balanced:.3f}, {balanced_s * 1e3:.1f} ms; ", end="")
