@@ -135,6 +135,7 @@ class IngressLoad:
         prompt_tokens_per_s: Prompt tokens that come in, held or not.
         output_tokens_per_s: Tokens to generate that come in, probably.
         output_ratio: What requests generate of their ``max_tokens``, on average.
+        has_arrivals: 1 if a request came in within the last second, else 0.
     """
 
     num_held: float = 0.0
@@ -143,6 +144,7 @@ class IngressLoad:
     prompt_tokens_per_s: float = 0.0
     output_tokens_per_s: float = 0.0
     output_ratio: float = 1.0
+    has_arrivals: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

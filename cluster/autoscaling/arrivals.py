@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from cluster.admission.rate import Clock, RateMeter
 from cluster.messages import IngressLoad
 
 #: A burst of this many seconds' worth counts as load that stays.
-_MEMORY_S = 20.0
+_MEMORY_S = 10.0
+#: A request came in lately if it did so within this time, in seconds: no report misses it.
+_LATELY_S = 1.0
 #: Rates below this count as nothing, in tokens per second.
 _NOTHING = 0.1
 #: Weight of the first guess, that requests generate all they may.
@@ -21,6 +25,8 @@ class ArrivalMeter:
     """
 
     def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._last_s = -math.inf
         self._prompt = RateMeter(clock, _MEMORY_S)
         self._output = RateMeter(clock, _MEMORY_S)
         self._allowed = self._generated = _PRIOR_TOKENS
@@ -32,6 +38,7 @@ class ArrivalMeter:
 
     def arrive(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """A request came in."""
+        self._last_s = self._clock()
         self._prompt.add(num_prompt_tokens)
         self._output.add(max_tokens)
 
@@ -52,6 +59,7 @@ class ArrivalMeter:
             prompt_tokens_per_s=_or_nothing(self._prompt.per_s()),
             output_tokens_per_s=_or_nothing(self._output.per_s() * ratio),
             output_ratio=ratio,
+            has_arrivals=float(self._clock() - self._last_s <= _LATELY_S),
         )
 
 

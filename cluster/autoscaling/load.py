@@ -73,6 +73,6 @@ class ModelLoad:
         """What waits at the ingresses, and comes in: the newest word, which is the largest while load grows."""
         return max(
             (replica.ingress for replica in self.replicas),
-            key=lambda load: (load.num_held, load.prompt_tokens_per_s + load.output_tokens_per_s),
+            key=lambda load: (load.num_held, load.has_arrivals, load.prompt_tokens_per_s + load.output_tokens_per_s),
             default=IngressLoad(),
         )

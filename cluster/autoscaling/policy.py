@@ -14,8 +14,6 @@ from collections.abc import Callable
 from cluster.autoscaling.load import ModelLoad
 from workers.errors import ConfigError
 
-#: Below this much work per second, in replicas, nothing has come in lately.
-_IDLE = 1e-3
 #: Shrinking needs this much more room than growing, so that the number does not swing.
 _SHRINK_ROOM = 0.8
 
@@ -51,7 +49,7 @@ def by_work(load: ModelLoad, goals: ScalingGoals) -> int:
     prompt_s = sum(r.prompt_token_s for r in measured) / len(measured)
     output_s = sum(r.output_token_s for r in measured) / len(measured)
     arriving = ingress.prompt_tokens_per_s * prompt_s + ingress.output_tokens_per_s * output_s
-    if not num_requests and arriving < _IDLE:
+    if not num_requests and not ingress.has_arrivals:
         return 0
     steady = arriving / goals.utilization
     if math.ceil(steady) < load.num_replicas:

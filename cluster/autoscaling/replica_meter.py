@@ -69,4 +69,5 @@ class ReplicaMeter:
             prompt_tokens_per_s=sum(load.prompt_tokens_per_s for load in loads),
             output_tokens_per_s=sum(load.output_tokens_per_s for load in loads),
             output_ratio=sum(load.output_ratio for load in loads) / len(loads),
+            has_arrivals=max(load.has_arrivals for load in loads),
         )

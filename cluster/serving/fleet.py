@@ -196,7 +196,7 @@ class Fleet:
         while True:
             await asyncio.sleep(METRICS_INTERVAL_S)
             load = self._gate.load()
-            is_idle = not (load.num_held or load.prompt_tokens_per_s or load.output_tokens_per_s)
+            is_idle = not (load.num_held or load.has_arrivals or load.prompt_tokens_per_s or load.output_tokens_per_s)
             telling = {link: task for link, task in telling.items() if not task.done()}
             for link in self._links.values():
                 if link.is_routable and link not in telling and not (is_idle and was_idle):

@@ -75,6 +75,8 @@ def test_running_requests_alone_are_no_queue() -> None:
 
 def test_an_idle_model_needs_nobody_and_a_starting_one_is_left_alone() -> None:
     assert by_work(ModelLoad(2, 2, [replica(), replica()], 3.0), GOALS) == 0
+    just_now = IngressLoad(output_tokens_per_s=100, has_arrivals=1)
+    assert by_work(ModelLoad(2, 2, [replica(), replica(just_now)], 3.0), GOALS) == 2
     assert by_work(ModelLoad(0, 0, [], 3.0), GOALS) == 0
     new = replica(IngressLoad(num_held=3), output_token_s=0.0, prompt_token_s=0.0)
     assert by_work(ModelLoad(1, 2, [new], 3.0), GOALS) == 2, "it may be what a decision is waiting for"
@@ -152,10 +154,11 @@ def test_arrivals_learn_how_much_is_really_generated() -> None:
     load = meter.load(num_held=2, held_prompt_tokens=20, held_output_tokens=2000)
     assert load.prompt_tokens_per_s == pytest.approx(20, rel=0.1)
     assert load.output_ratio == pytest.approx(0.1, abs=0.02)
+    assert load.has_arrivals == 1
     assert load.output_tokens_per_s == pytest.approx(200, rel=0.3)
     assert load.held_output_tokens == pytest.approx(200, rel=0.2)
     time.now_s += 500
-    assert meter.load(0, 0, 0) == dataclasses.replace(IngressLoad(), output_ratio=load.output_ratio)
+    assert meter.load(0, 0, 0) == IngressLoad(output_ratio=load.output_ratio)
 
 
 def engine_stats(**changes: Any) -> EngineStats:
@@ -168,9 +171,9 @@ def test_a_replica_reports_what_it_measured_and_was_told() -> None:
     meter = ReplicaMeter(time, engine_stats(), max_num_seqs=4, start_s=7.0)
     meter.note_step(engine_stats(num_steps=10, num_computed_tokens=20, busy_seconds=0.4))
     meter.note_ingress("a", IngressLoad(num_held=3, held_prompt_tokens=30))
-    meter.note_ingress("b", IngressLoad(num_held=1, output_tokens_per_s=5, output_ratio=0.5))
+    meter.note_ingress("b", IngressLoad(num_held=1, output_tokens_per_s=5, output_ratio=0.5, has_arrivals=1))
     load = meter.load()
-    assert load.ingress == IngressLoad(4, 30, 0, 0, 5, 0.75)
+    assert load.ingress == IngressLoad(4, 30, 0, 0, 5, 0.75, 1)
     assert (load.num_requests, load.prompt_tokens, load.output_tokens, load.start_s) == (3, 30, 40, 7.0)
     assert load.output_token_s == pytest.approx(0.01)
     assert ReplicaLoad.from_metrics(load.to_metrics()) == load
