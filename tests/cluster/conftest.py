@@ -113,7 +113,7 @@ def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         "heartbeat_timeout_s": 4,
     }
     # Both replicas as soon as anybody asks; none before, which would make every start slower.
-    on_demand = {"min_replicas": 0, "utilization": 0.001, "downscale_to_zero_delay_s": 5, "downscale_delay_s": 5}
+    on_demand = {"min_replicas": 0, "utilization": 0.001, "downscale_to_zero_delay_s": 30, "downscale_delay_s": 30}
     scaling = {
         "min_replicas": 0,
         "max_replicas": 3,
