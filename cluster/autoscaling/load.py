@@ -23,7 +23,8 @@ class ReplicaLoad:
         output_tokens: Most tokens that its requests may still generate.
         prompt_token_s: Seconds per prompt token, measured; 0 until anything ran.
         output_token_s: Seconds per generated token in a full batch, measured; 0 until anything ran.
-        start_s: Seconds from the start of its process to its being ready.
+        work_per_s: Tokens that it makes per second, times what they cost: 1 if it spends all its time in full steps.
+        start_s: Seconds that it took to become ready.
         ingress: What the ingresses reported to it, added up: all tell all replicas the same.
     """
 
@@ -32,6 +33,7 @@ class ReplicaLoad:
     output_tokens: float
     prompt_token_s: float
     output_token_s: float
+    work_per_s: float
     start_s: float
     ingress: IngressLoad
 
@@ -61,12 +63,15 @@ class ModelLoad:
         num_target: How many there should be by the last decision: those beyond ``num_replicas`` are starting.
         replicas: The reports.
         start_s: How long a start takes, as the last ones did.
+        efficiency: The part of a replica's time that its steps can have. Less than 1 where a full replica waits for
+            something else, say for a processor that it shares; seen when requests wait, and remembered.
     """
 
     num_replicas: int
     num_target: int
     replicas: Sequence[ReplicaLoad]
     start_s: float
+    efficiency: float = 1.0
 
     @property
     def ingress(self) -> IngressLoad:

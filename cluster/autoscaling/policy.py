@@ -46,8 +46,8 @@ def by_work(load: ModelLoad, goals: ScalingGoals) -> int:
     measured = [r for r in load.replicas if r.output_token_s > 0]
     if not measured:
         return max(load.num_target, 1) if num_requests else 0
-    prompt_s = sum(r.prompt_token_s for r in measured) / len(measured)
-    output_s = sum(r.output_token_s for r in measured) / len(measured)
+    prompt_s = sum(r.prompt_token_s for r in measured) / len(measured) / load.efficiency
+    output_s = sum(r.output_token_s for r in measured) / len(measured) / load.efficiency
     arriving = ingress.prompt_tokens_per_s * prompt_s + ingress.output_tokens_per_s * output_s
     if not num_requests and not ingress.has_arrivals:
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.admission.rate import Clock
+from cluster.admission.rate import Clock, RateMeter
 from cluster.autoscaling.load import ReplicaLoad
 from cluster.autoscaling.step_cost import StepCost
 from cluster.messages import IngressLoad
@@ -10,6 +10,8 @@ from workers.engine.stats import EngineStats
 
 #: An ingress that has not reported for this long is gone, or has nothing to report, in seconds.
 _FORGET_S = 3.0
+#: Time over which work is averaged, in seconds.
+_WORK_MEMORY_S = 3.0
 
 
 class ReplicaMeter:
@@ -28,6 +30,7 @@ class ReplicaMeter:
         self._max_num_seqs = max_num_seqs
         self._start_s = start_s
         self._cost = StepCost()
+        self._work = RateMeter(clock, _WORK_MEMORY_S)
         self._ingresses: dict[str, tuple[float, IngressLoad]] = {}
 
     def note_step(self, stats: EngineStats) -> None:
@@ -37,6 +40,9 @@ class ReplicaMeter:
         num_tokens = stats.num_computed_tokens - before.num_computed_tokens
         if num_steps > 0 and num_tokens > 0:
             self._cost.add(num_tokens, stats.busy_seconds - before.busy_seconds, num_steps)
+            prompt_token_s, output_token_s = self._cost.token_s(self._max_num_seqs)
+            num_generated = stats.num_generated_tokens - before.num_generated_tokens
+            self._work.add(max(num_tokens - num_generated, 0) * prompt_token_s + num_generated * output_token_s)
 
     def note_ingress(self, ingress_id: str, load: IngressLoad) -> None:
         """Take in what an ingress reports."""
@@ -52,6 +58,7 @@ class ReplicaMeter:
             output_tokens=scheduler.num_tokens_to_generate,
             prompt_token_s=prompt_token_s,
             output_token_s=output_token_s,
+            work_per_s=self._work.per_s(),
             start_s=self._start_s,
             ingress=self._ingress_load(),
         )

@@ -7,6 +7,7 @@ remembered is handed back as Serve's policy state.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -18,6 +19,10 @@ from cluster.autoscaling.policy import ScalingGoals, load_scaling_policy
 logger = logging.getLogger("ray.serve")
 
 IMPORT_PATH = "cluster.autoscaling.serve_policy:ServePolicy"
+
+
+#: Below this a measurement is rather of a replica that has not begun.
+_MIN_EFFICIENCY = 0.2
 
 
 class ServePolicy:
@@ -39,6 +44,10 @@ class ServePolicy:
         loads = _read_loads(context)
         start_s = max((load.start_s for load in loads), default=context.policy_state.get("start_s", self._start_s))
         load = ModelLoad(context.current_num_replicas, context.target_num_replicas, loads, start_s)
+        efficiency = context.policy_state.get("efficiency", 1.0)
+        if load.ingress.num_held and loads:  # they are full: what the fullest does is what a replica can do
+            efficiency = min(max(_MIN_EFFICIENCY, *(report.work_per_s for report in loads)), 1.0)
+        load = dataclasses.replace(load, efficiency=efficiency)
         wanted = self._policy(load, self._goals)
         if wanted != context.policy_state.get("wanted"):
             logger.info(
@@ -50,7 +59,7 @@ class ServePolicy:
                 load.ingress.prompt_tokens_per_s,
                 load.ingress.output_tokens_per_s,
             )
-        return wanted, {"start_s": start_s, "wanted": wanted}
+        return wanted, {"start_s": start_s, "efficiency": efficiency, "wanted": wanted}
 
 
 def _read_loads(context: AutoscalingContext) -> list[ReplicaLoad]:

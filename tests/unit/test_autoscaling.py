@@ -34,7 +34,7 @@ def replica(ingress: IngressLoad | None = None, **changes: float) -> ReplicaLoad
     """A replica that makes 100 tokens per second, prompt or output."""
     fields = {
         "num_requests": 0.0, "prompt_tokens": 0.0, "output_tokens": 0.0, "prompt_token_s": 0.01, "output_token_s": 0.01,
-        "start_s": 3.0,
+        "work_per_s": 0.0, "start_s": 3.0,
     }  # fmt: skip
     return ReplicaLoad(**{**fields, **changes}, ingress=ingress or IngressLoad())
 
@@ -67,6 +67,13 @@ def test_a_queue_gets_what_works_it_off_once_it_is_ready() -> None:
     assert wanted(1, start_s=4.0, **queue) == 2  # 4 s are left by then
     assert wanted(1, start_s=8.0, **queue) == 1  # it is gone by then
     assert wanted(1, start_s=8.0, output_tokens_per_s=100, **queue) == 4  # but not if as much comes in
+
+
+def test_full_replicas_that_wait_for_something_else_make_tokens_dearer() -> None:
+    crowd = IngressLoad(num_held=5, output_tokens_per_s=50)
+    load = ModelLoad(1, 1, [replica(crowd, num_requests=4.0)], 3.0)
+    assert by_work(load, GOALS) == 1
+    assert by_work(dataclasses.replace(load, efficiency=0.5), GOALS) == 2
 
 
 def test_running_requests_alone_are_no_queue() -> None:
@@ -169,7 +176,9 @@ def engine_stats(**changes: Any) -> EngineStats:
 def test_a_replica_reports_what_it_measured_and_was_told() -> None:
     time = Time()
     meter = ReplicaMeter(time, engine_stats(), max_num_seqs=4, start_s=7.0)
-    meter.note_step(engine_stats(num_steps=10, num_computed_tokens=20, busy_seconds=0.4))
+    time.now_s += 1.0
+    meter.note_step(engine_stats(num_steps=10, num_computed_tokens=20, num_generated_tokens=20, busy_seconds=0.4))
+    assert meter.load().work_per_s == pytest.approx(20 * 0.01, rel=0.2)
     meter.note_ingress("a", IngressLoad(num_held=3, held_prompt_tokens=30))
     meter.note_ingress("b", IngressLoad(num_held=1, output_tokens_per_s=5, output_ratio=0.5, has_arrivals=1))
     load = meter.load()

@@ -35,7 +35,7 @@ def context(loads: list[ReplicaLoad], state: dict[str, Any] | None = None, num_t
 
 
 def busy(start_s: float = 2.0, **ingress: float) -> ReplicaLoad:
-    return ReplicaLoad(4, 0, 100, 0.01, 0.01, start_s, IngressLoad(**ingress))
+    return ReplicaLoad(4, 0, 100, 0.01, 0.01, 0.5, start_s, IngressLoad(**ingress))
 
 
 def test_the_newest_reports_decide_and_the_start_is_remembered() -> None:
@@ -45,6 +45,16 @@ def test_the_newest_reports_decide_and_the_start_is_remembered() -> None:
     wanted, state = policy(context([], state))
     assert (wanted, state["start_s"]) == (0, 3.0)
     assert policy(context([]))[1]["start_s"] == 60.0
+
+
+def test_what_full_replicas_manage_is_remembered() -> None:
+    policy = ServePolicy("by_work", queue_target_s=2.0, utilization=0.8, start_s=60.0)
+    _, state = policy(context([busy(output_tokens_per_s=50)]))
+    assert state["efficiency"] == 1.0
+    wanted, state = policy(context([busy(num_held=3, output_tokens_per_s=50)], state))
+    assert (wanted, state["efficiency"]) == (2, 0.5)
+    wanted, state = policy(context([busy(output_tokens_per_s=50)] * 2, state))
+    assert (wanted, state["efficiency"]) == (2, 0.5), "two were needed, so one is not enough when they keep up"
 
 
 def test_serve_takes_the_settings_and_builds_the_policy() -> None:
