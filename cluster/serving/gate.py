@@ -84,8 +84,9 @@ class Gate:
             self._room.note_passed(num_tokens)
             return
         num_replicas = len(self._replicas())
+        # One that was lost is being replaced: its share of the queue stays.
+        max_requests = self._config.max_queued_requests * max(1, num_replicas, self._config.num_replicas)
         ticket = _Ticket(request.request_id, num_prompt_tokens, asyncio.get_running_loop().create_future())
-        max_requests = self._config.max_queued_requests * max(1, num_replicas)
         self._room.enter(ticket, request.key_name, request.weight, num_tokens, max_requests)
         self._num_prompt_tokens += num_prompt_tokens
         if not num_replicas:

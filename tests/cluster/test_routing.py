@@ -78,9 +78,9 @@ async def test_a_model_is_served_by_its_own_replicas(deployment: Deployment) -> 
 class Scaled:
     """Streams to the model that scales, and the number of its replicas."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, client: openai.AsyncOpenAI) -> None:
         self._deployment = deployment
-        self._client = deployment.client()
+        self._client = client
         self._started = time.perf_counter()
         self.num_requests = 0
 
@@ -115,7 +115,11 @@ class Scaled:
 
 async def test_a_model_scales_with_its_load_from_zero_and_back(deployment: Deployment) -> None:
     """0 -> 1 -> 3 -> 1 -> 0 with nothing cut: the first request waits for its replica, drained ones finish streams."""
-    scaled = Scaled(deployment)
+    async with deployment.client() as client:
+        await scale_up_and_down(Scaled(deployment, client))
+
+
+async def scale_up_and_down(scaled: Scaled) -> None:
     await scaled.wait_for(0, "no replica, one request")
     await scaled.ask()
     await scaled.wait_for(1, "1 replica, answered; now 24 streams at a time")
