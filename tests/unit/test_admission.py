@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.admission.deadline import request_timeout_s
@@ -102,6 +102,7 @@ def test_a_wrong_key_file_is_explained_without_its_secrets(tmp_path: Path, text:
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 600),
     st.lists(st.tuples(st.floats(0, 20), st.integers(1, 900)), min_size=1, max_size=60),
@@ -158,6 +159,7 @@ def test_limits_are_per_key_and_shared_among_ingresses() -> None:
 # --- fair shares -----------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from([0.5, 1.0, 2.0, 3.0]), st.lists(st.integers(1, 500), min_size=25, max_size=25)),
@@ -183,6 +185,7 @@ def test_flows_that_wait_are_served_in_proportion_to_their_weights(flows: list[t
         assert max(shares) - min(shares) <= bound
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 300), st.booleans()), max_size=60))
 def test_nothing_is_lost_and_each_flow_keeps_its_order(steps: list[tuple[str, int, bool]]) -> None:
     queue = FairQueue[tuple[str, int]](50.0)
@@ -254,6 +257,7 @@ def test_tokens_are_bounded_too_but_an_empty_room_takes_anything() -> None:
     assert (len(room), room.num_tokens, room.call_next()) == (0, 0, None)
 
 
+@settings(deadline=None)
 @given(st.floats(0.5, 50), st.floats(0.05, 2.0))
 def test_the_meter_finds_a_steady_rate_from_the_start(amount: float, pause_s: float) -> None:
     time = Time()

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.autoscaling.arrivals import ArrivalMeter
@@ -95,6 +95,7 @@ def test_a_replica_that_has_not_reported_is_not_taken_away() -> None:
     assert by_work(ModelLoad(3, 3, [busy] * 3, 3.0), GOALS) == 1
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 8),
     st.floats(0, 60),
@@ -118,6 +119,7 @@ def test_more_load_never_takes_fewer(
     assert 1 <= want(0.0) <= want(more)
 
 
+@settings(deadline=None)
 @given(st.floats(0.001, 0.1), st.floats(1e-6, 1e-3), st.integers(1, 10**6))
 def test_the_line_through_steps_is_found(fixed_s: float, per_token_s: float, seed: int) -> None:
     rng, cost = random.Random(seed), StepCost()
@@ -143,6 +145,7 @@ def test_steps_of_one_size_count_as_fixed_and_none_as_unknown() -> None:
     assert cost.line()[0] == pytest.approx(0.02)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 512), st.floats(1e-4, 1.0)), min_size=1, max_size=50))
 def test_costs_are_never_negative(steps: list[tuple[int, float]]) -> None:
     cost = StepCost()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.routing import policies
@@ -75,6 +75,7 @@ def test_equal_replicas_take_turns(name: str) -> None:
     assert set(chosen.values()) == {3}
 
 
+@settings(deadline=None)
 @given(fleets(), requests)
 def test_every_policy_picks_one_of_the_replicas_and_repeats_itself(
     replicas: list[ReplicaSnapshot], request: RoutingRequest
@@ -85,6 +86,7 @@ def test_every_policy_picks_one_of_the_replicas_and_repeats_itself(
         assert policy.choose(request, replicas) == chosen
 
 
+@settings(deadline=None)
 @given(fleets(), requests)
 def test_affinity_takes_the_longest_prefix_within_its_bound(
     replicas: list[ReplicaSnapshot], request: RoutingRequest
@@ -103,6 +105,7 @@ def test_affinity_leaves_a_busy_replica_alone() -> None:
     assert prefix_affinity(RoutingRequest(200, 0), replicas) == "warm"
 
 
+@settings(deadline=None)
 @given(fleets(), requests)
 def test_rows_that_are_computed_anyway_are_filled_first(
     replicas: list[ReplicaSnapshot], request: RoutingRequest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
@@ -31,6 +31,7 @@ def packed(*numbers: int) -> bytes:
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=24)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(prompts, st.booleans(), st.booleans()), max_size=40))
 def test_readers_know_what_the_pool_holds(steps: list[tuple[list[int], bool, bool]]) -> None:
     pool = BlockPool(8, BLOCK_SIZE)
