@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from workers.artifacts.key import BundleKey
 from workers.artifacts.library import ArtifactLibrary
 from workers.attention.selector import make_backend
 from workers.compile.compilation import BuildFlight
@@ -42,6 +43,7 @@ from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sample
 from workers.runner.memory_plan import UNMEASURED_GRAPH_BYTES, MemoryPlan, MemoryPlanShelf, kv_cache_bytes
 from workers.runner.serving_model import ServingModel
 from workers.runner.slots import SlotTable
+from workers.runner.triton_kernels import TritonKernels
 from workers.sampling.logprobs import LogprobsTensors
 from workers.sampling.sampler import Sampler
 from workers.sampling.state import SamplingState
@@ -151,6 +153,10 @@ class ModelRunner:
         self.bundle_key = engine_key(
             config, model_config, dtype=dtype, device=self.device, max_model_len=max_model_len, backend=self.backend
         )
+        self._triton_kernels = _triton_kernels(config, self.device, self.library, self.bundle_key)
+        if self._triton_kernels is not None:
+            with account.phase("Triton kernels"):
+                self._triton_kernels.restore()
         ahead = begin_ahead(config, model_config, self.device, self.backend, self.library, self.bundle_key, account)
         with account.phase("weights") as weights, _out_of_memory("the weights", "the model's size or its dtype"):
             self.model = load_model(
@@ -233,7 +239,10 @@ class ModelRunner:
         if not idle and not self._serving.is_gap_due:
             return False
         with torch.inference_mode():
-            return self._serving.use_gap(idle)
+            has_captured = self._serving.use_gap(idle)
+        if idle and not has_captured and self._triton_kernels is not None:
+            self._triton_kernels.publish_new()
+        return has_captured
 
     @property
     def _graphs(self) -> GraphedModel:
@@ -366,3 +375,13 @@ def _out_of_memory(what: str, lower: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"The device has no memory for {what}; lower {lower}. ({error})") from None
+
+
+def _triton_kernels(
+    config: EngineConfig, device: torch.device, library: ArtifactLibrary, key: BundleKey
+) -> TritonKernels | None:
+    """Where there is a bundle that they can lie beside."""
+    has_bundle = config.compilation_config.resolved_mode(device.type) is CompilationMode.VLLM_COMPILE
+    if device.type != "cuda" or config.enforce_eager or not has_bundle or config.artifacts.store is None:
+        return None
+    return TritonKernels(library, key)
