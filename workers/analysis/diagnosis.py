@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -166,7 +167,8 @@ def find_crossover(comparisons: Sequence[Comparison], *, launches_overlap: bool)
     """Predict from the smaller batches where graphs stop mattering, and find it among all of them.
 
     Where launches overlap with the device's work (CUDA) a step without graphs takes the longer of both; where they do
-    not (a CPU) it takes their sum. Launching and work are taken as linear in the batch.
+    not (a CPU) it takes their sum. A step of any batch has the same launches, so their cost is taken as constant; the
+    work is a line through the smaller batches.
 
     Args:
         comparisons: At least two batch sizes.
@@ -177,10 +179,10 @@ def find_crossover(comparisons: Sequence[Comparison], *, launches_overlap: bool)
     # Rows in which graphs no longer matter say nothing of what launching costs.
     telling = [row for row in known if row.speedup > MATTERS] or known[:1]
     work = _line([(row.batch, row.replayed_us) for row in known])
-    launching = _line([(row.batch, row.single_us - (0 if launches_overlap else row.replayed_us)) for row in telling])
+    launching_us = statistics.median(row.single_us - (0 if launches_overlap else row.replayed_us) for row in telling)
     for batch in range(rows[0].batch, _LARGEST_BATCH + 1):
-        device_us, host_us = work(batch), launching(batch)
-        single_us = max(host_us, device_us) if launches_overlap else host_us + device_us
+        device_us = work(batch)
+        single_us = max(launching_us, device_us) if launches_overlap else launching_us + device_us
         if single_us <= MATTERS * device_us:
             predicted = batch
             break
