@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from workers.compile.errors import CompileError
 
@@ -56,6 +57,23 @@ def kept_whole(functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
     finally:
         for function in functions:
             trace_rules._allowed_callable_ids.remove(id(function))
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a call does something besides giving a result.
+
+    ``Node.is_impure()`` of 2.11 knows the schemas of overloads only, and Dynamo records packets.
+    """
+    target = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = target.overloads()  # type: ignore[no-untyped-call]
+        return any(getattr(target, overload)._schema.is_mutable for overload in overloads)
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    if node.op == "call_method":
+        return str(target).endswith("_") and not str(target).endswith("__")
+    name = getattr(target, "__name__", "")
+    return node.is_impure() or name.endswith("_") or name in ("setitem", "_check", "iadd", "imul", "isub", "itruediv")
 
 
 def first_line(function: Callable[..., Any]) -> str:

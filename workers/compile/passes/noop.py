@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from workers.compile import torch_compat
 from workers.compile.passes.manager import GraphPass
 from workers.compile.split import op_name, tensor_of
 
@@ -43,24 +44,10 @@ def remove_dead(graph: fx.Graph) -> int:
     """Remove nodes whose result nobody uses and that do nothing else; returns how many."""
     num_removed = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in ("call_function", "call_method") and not _has_effect(node):
+        if not node.users and node.op in ("call_function", "call_method") and not torch_compat.has_effect(node):
             graph.erase_node(node)
             num_removed += 1
     return num_removed
-
-
-def _has_effect(node: fx.Node) -> bool:
-    # Node.is_impure() of PyTorch 2.11 knows the schemas of overloads only, and Dynamo records packets.
-    target = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        overloads = target.overloads()  # type: ignore[no-untyped-call]
-        return any(getattr(target, overload)._schema.is_mutable for overload in overloads)
-    if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
-    if node.op == "call_method":
-        return str(target).endswith("_") and not str(target).endswith("__")
-    name = getattr(target, "__name__", "")
-    return node.is_impure() or name.endswith("_") or name in ("setitem", "_check", "iadd", "imul", "isub", "itruediv")
 
 
 def _returns_its_input(node: fx.Node) -> bool:
