@@ -15,8 +15,8 @@ from collections.abc import Mapping
 #: - RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD: neither ingress nor replica blocks its event loop, so a second loop
 #:   in a second thread only adds a hop to every chunk.
 #: - RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE, RAY_SERVE_LOG_TO_STDERR: request logs are buffered and kept in files.
-#: - RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S: a proxy that starts beside engines on a busy machine takes more than 5 s, and
-#:   Serve would kill it.
+#: - RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S: a proxy that starts beside engines on a busy machine takes more than 5 s,
+#:   and Serve would kill it.
 #: - RAY_preload_python_modules: a spare process for the next replica (cluster/serving/spare.py).
 #: - RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS: an engine that hangs will not finish anything, and its device is needed.
 _PROCESS_DEFAULTS = {
