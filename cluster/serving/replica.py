@@ -70,7 +70,7 @@ class EngineReplica:
         self._max_num_seqs = self._config.max_num_seqs
         self._stats = self._engine.stats()
         self._state = self._make_state(self._stats)
-        start_s = self._engine.startup_report().ready_s or 0.0
+        start_s = account.report().ready_s or 0.0
         self._meter = ReplicaMeter(time.monotonic, self._stats, self._max_num_seqs, start_s)
         if keeps_spare:
             keep_spare()
