@@ -64,6 +64,7 @@ COMPILATION_CHANGES: dict[str, Any] = {
     "max_cudagraph_capture_size": 8,
     "cudagraph_first_sizes": "all",
     "cudagraph_memory_limit_bytes": 1 << 30,
+    "cudagraph_memory_policy": "error",
     "debug_graph_inputs": True,
 }
 

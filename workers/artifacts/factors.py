@@ -64,6 +64,7 @@ COMPILATION_FIELDS: Mapping[str, Section] = {
     "max_cudagraph_capture_size": _C,
     "cudagraph_first_sizes": _C,
     "cudagraph_memory_limit_bytes": _C,
+    "cudagraph_memory_policy": _C,
     "debug_graph_inputs": _R,
 }
 
