@@ -173,7 +173,7 @@ class PieceCompilation:
                 record.builds = stored.pieces[key].builds if key in stored.pieces else []
         self._take_over(pieces, lookup.bad_blobs)
         # The sources come first: whoever finds them can build any other format.
-        num_sources = build_pieces(split.plan, split.sources, make_format("fx"), pieces.blobs)
+        num_sources = build_pieces(split.plan, split.sources, make_format("fx"), pieces.blobs, account=self._account)
         builder = make_format(piece_format, options, size_options)
         num_built = build_pieces(split.plan, split.sources, builder, pieces.blobs, self.sizes, self._account)
         self._counters.num_compiled += num_built + (num_sources if piece_format == "fx" else 0)

@@ -27,7 +27,7 @@ from workers.compile.piece_set import PieceSet
 from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
-from workers.compile.self_check import check_on_node, is_wanted
+from workers.compile.self_check import check_on_node, is_wanted, note_built_here
 from workers.compile.stitch import WrapPiece
 from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
@@ -251,7 +251,7 @@ class _Loading:
         started = time.perf_counter()
         try:
             with self._account.phase("load"):
-                return PiecewiseModel(
+                model = PiecewiseModel(
                     pieces,
                     weights,
                     sizes=[size for size in sizes if size is not None],
@@ -259,6 +259,9 @@ class _Loading:
                     where=self._where,
                     counters=self._counters,
                 )
+            if not pieces.is_warm and is_wanted(self._compilation.library.config):
+                note_built_here(pieces, sizes)
+            return model
         except CompileError:
             raise
         except Exception as error:

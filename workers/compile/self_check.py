@@ -63,9 +63,7 @@ def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, ti
         SelfCheckError: The code crashed, hung, or gave something else than it should.
     """
     builds = pieces.builds(sizes)
-    assert pieces.bundle is not None
-    digests = sorted([*(build.sha256 for build in builds), *map(sha256, pieces.probes.values())])
-    verdict = artifacts_root() / "verdicts" / sha256(canonical_json([pieces.bundle.key, digests]))
+    verdict = _verdict_file(pieces, sizes)
     if verdict.exists():
         return False
     with tempfile.TemporaryDirectory(prefix="warmgraph-check-") as name:
@@ -82,9 +80,29 @@ def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, ti
         (folder / "request.json").write_text(json.dumps(request))
         has_passed = _run_child(folder, timeout_s)
     if has_passed:
+        _keep(verdict)
+    return True
+
+
+def note_built_here(pieces: PieceSet, sizes: Sequence[int | None]) -> None:
+    """Pieces that this process built and loaded need no other process to try them on this node."""
+    if pieces.bundle is not None:
+        _keep(_verdict_file(pieces, sizes))
+
+
+def _verdict_file(pieces: PieceSet, sizes: Sequence[int | None]) -> Path:
+    """A file that is there if these pieces have passed on this node."""
+    assert pieces.bundle is not None
+    digests = [build.sha256 for build in pieces.builds(sizes)] + [sha256(data) for data in pieces.probes.values()]
+    return artifacts_root() / "verdicts" / sha256(canonical_json([pieces.bundle.key, sorted(digests)]))
+
+
+def _keep(verdict: Path) -> None:
+    try:
         verdict.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         verdict.touch(mode=0o600)
-    return True
+    except OSError as error:
+        logger.warning("the verdict on pieces could not be kept, and they will be tried again: %s", error)
 
 
 def _keys(pieces: PieceSet, sizes: Sequence[int | None]) -> list[tuple[str, int | None]]:
