@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from torch._C._autograd import DeviceType
 from typer.testing import CliRunner
 
 from cluster.cli.main import app
 from tests.tiny_models import tiny_checkpoint
 from workers.analysis.ablation import PLAIN, AblationCell, attribute
-from workers.analysis.profile import Activity, busy_time
+from workers.analysis.profile import Activity, _of_cuda, busy_time
 from workers.errors import ConfigError
 
 
@@ -127,3 +129,41 @@ def test_busy_time_counts_what_overlaps_once() -> None:
     assert busy_time(activities) == 19
     assert busy_time(activities, bridged_us=1.0) == 20
     assert busy_time([]) == 0
+
+
+def cuda_event(name: str, start: float, end: float, *, on_device: bool, is_annotation: bool = False) -> SimpleNamespace:
+    """As torch's profiler gives it."""
+    return SimpleNamespace(
+        name=name,
+        device_type=DeviceType.CUDA if on_device else DeviceType.CPU,
+        time_range=SimpleNamespace(start=start, end=end),
+        is_user_annotation=is_annotation,
+        cpu_parent=None,
+    )
+
+
+def test_events_of_a_cuda_device_are_told_apart() -> None:
+    events = [
+        cuda_event("aten::add", 0, 9, on_device=False),
+        cuda_event("cudaLaunchKernel", 1, 5, on_device=False),
+        cuda_event("cuLaunchKernelEx", 6, 8, on_device=False),
+        cuda_event("cudaGraphLaunch", 9, 11, on_device=False),
+        cuda_event("cudaEventSynchronize", 11, 40, on_device=False),
+        cuda_event("step", 0, 40, on_device=True, is_annotation=True),
+        cuda_event("add_kernel", 10, 12, on_device=True),
+        cuda_event("triton_norm", 13, 17, on_device=True),
+        cuda_event("gemm", 30, 36, on_device=True),
+        cuda_event("Memcpy DtoH (Device -> Pinned)", 36, 37, on_device=True),
+    ]
+    profiled = _of_cuda(events, 2)
+    assert (profiled.kernels, profiled.kernel_launches, profiled.graph_launches, profiled.transfers) == (
+        1.5,
+        1,
+        0.5,
+        0.5,
+    )
+    assert profiled.launches == 1.5
+    assert profiled.kernel_us == 4
+    # From 10 to 17, the gap of 1 us being the device's own, and from 30 to 37.
+    assert profiled.busy_us == 7
+    assert profiled.dispatched == {"aten::add": 1}
