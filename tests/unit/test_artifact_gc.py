@@ -87,8 +87,9 @@ def test_pinned_and_leased_bundles_stay(tmp_path: Path) -> None:
     for index in range(3):
         make(library, index)
     library.store.put_if_absent(f"pins/{key(0).digest}", b"")
-    library.store.put_if_absent(f"leases/{key(1).digest}/1", b"")
+    library.store.put_if_absent(f"leases/{key(2).digest}/token-1", b"released long ago")
     age(library, 10)
+    library.store.put_if_absent(f"leases/{key(1).digest}/token-1", b"")
     plan = collect(library, GcPolicy(max_age_s=DAY_S, max_bytes=0))
     assert plan.keys == (key(2).digest,)
     assert set(plan.kept) == {key(0).digest, key(1).digest}

@@ -11,10 +11,10 @@ from typing import Any
 
 from workers.artifacts.bundle import Bundle
 from workers.artifacts.errors import RefusedError
-from workers.artifacts.gc import take_inventory
+from workers.artifacts.gc import leased_keys, take_inventory
 from workers.artifacts.library import ArtifactLibrary, Outcome
 from workers.artifacts.manifest import Kind, Manifest
-from workers.artifacts.names import BUNDLES, FAILURES, LEASES, PINS, key_of, last_part
+from workers.artifacts.names import BUNDLES, FAILURES, PINS, key_of, last_part
 from workers.artifacts.quarantine import QuarantineMark
 from workers.errors import UserError
 
@@ -66,7 +66,8 @@ def list_bundles(library: ArtifactLibrary) -> list[Row]:
     marks: dict[str, list[QuarantineMark]] = {}
     for mark in library.marks.quarantined():
         marks.setdefault(mark.key, []).append(mark)
-    pinned, leased, failed = ({key_of(item.name) for item in store.list(prefix)} for prefix in (PINS, LEASES, FAILURES))
+    pinned, failed = ({key_of(item.name) for item in store.list(prefix)} for prefix in (PINS, FAILURES))
+    leased = leased_keys(library)
     made_s: dict[str, float] = {}
     for item in inventory.manifests:
         key = key_of(item.object.name)

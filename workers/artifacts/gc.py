@@ -22,6 +22,9 @@ from workers.artifacts.stores.base import StoredObject
 
 _DAY_S = 24 * 3600.0
 
+#: A lease whose files nobody has touched for so long is nobody's; holders touch theirs every few seconds.
+_LEASE_AGE_S = 600.0
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GcPolicy:
@@ -114,7 +117,7 @@ def take_inventory(library: ArtifactLibrary) -> Inventory:
     """
     store = library.store
     blobs = store.list(BLOBS)
-    kept = {key_of(item.name) for prefix in (PINS, LEASES) for item in store.list(prefix)}
+    kept = {key_of(item.name) for item in store.list(PINS)} | leased_keys(library)
     uses = store.list(USES)
     last_use_s: dict[str, float] = {}
     for item in uses:
@@ -125,6 +128,16 @@ def take_inventory(library: ArtifactLibrary) -> Inventory:
     manifests = tuple(_stored_manifest(library, item) for item in store.list(BUNDLES))
     notes = (*uses, *marks, *store.list(FAILURES))
     return Inventory(tuple(blobs), manifests, last_use_s, frozenset(kept), quarantined, notes)
+
+
+def leased_keys(library: ArtifactLibrary) -> set[str]:
+    """Keys that somebody builds: their lease gave a sign of life a short while ago. Released leases leave files behind.
+
+    Raises:
+        StoreError: The store is in trouble.
+    """
+    oldest_s = time.time() - _LEASE_AGE_S
+    return {key_of(item.name) for item in library.store.list(LEASES) if item.modified_s > oldest_s}
 
 
 def collect(library: ArtifactLibrary, policy: GcPolicy, *, dry_run: bool = False) -> GcPlan:
