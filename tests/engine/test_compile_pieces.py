@@ -149,9 +149,13 @@ class _Breaks(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["STOCK_TORCH_COMPILE", "DYNAMO_TRACE_ONCE", "VLLM_COMPILE"])
-def test_a_graph_break_names_its_line(mode: str) -> None:
-    with pytest.raises(GraphBreakError, match=r"test_compile_pieces\.py:\d+ \(if x_TE\.sum\(\) > 0:"):
+def test_a_graph_break_names_its_line(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level("ERROR", logger="workers.compile"),
+        pytest.raises(GraphBreakError, match=r"test_compile_pieces\.py:\d+ \(if x_TE\.sum\(\) > 0:") as error,
+    ):
         compile_model(_Breaks(), CompilationConfig(mode=mode), {"x_TE": mixing_inputs()})
+    assert str(error.value) in [record.message for record in caplog.records if record.name == "workers.compile.trace"]
 
 
 @support_torch_compile

@@ -7,6 +7,7 @@ here: Dynamo hands its graph over, and compiling starts after it has returned.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,8 @@ from workers.compile import torch_compat
 from workers.compile.composites import COMPOSITES
 from workers.compile.errors import CompileError, GraphBreakError
 from workers.compile.weights import weight_names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(slots=True)
@@ -121,16 +124,16 @@ def run_dynamo(compiled: Callable[..., Any], args: Sequence[torch.Tensor]) -> An
     Raises:
         GraphBreakError: It does not trace into one graph.
     """
-    from torch._dynamo.exc import TorchDynamoException, Unsupported
+    from torch._dynamo.exc import TorchDynamoException
 
     try:
         return compiled(*args)
-    except Unsupported as error:
-        raise GraphBreakError(f"{torch_compat.user_line(error)} cannot be traced: {_first_sentence(error)}") from error
     except TorchDynamoException as error:
         if type(error).__name__ == "BackendCompilerFailed":
             raise
-        raise GraphBreakError(f"{torch_compat.user_line(error)} cannot be traced: {_first_sentence(error)}") from error
+        message = f"{torch_compat.user_line(error)} cannot be traced: {_first_sentence(error)}"
+        logger.error("%s", message)
+        raise GraphBreakError(message) from error
 
 
 def _first_sentence(error: Exception) -> str:
