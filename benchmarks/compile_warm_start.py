@@ -11,6 +11,7 @@ everything after imports and weights; ``vs_eager`` its ratio to eager's. Ends in
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -114,6 +115,8 @@ def run_phase(args: argparse.Namespace) -> dict[str, Any]:
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     started = time.perf_counter()
+    for module in ("workers.artifacts.library", "workers.compile.model", "workers.config"):
+        importlib.import_module(module)
     from benchmarks.decode_run import Clock, DecodeRun
     from workers.compile.counters import compiler_activity
 
@@ -151,7 +154,7 @@ def measure(run: DecodeRun, phase: str, folder: Path, sizes: list[int]) -> dict[
     config = CompilationConfig(
         mode=CompilationMode[modes.get(stage, stage.upper())], piece_format=piece_format or "auto", compile_sizes=sizes
     )
-    library = ArtifactLibrary.from_config(ArtifactConfig(self_check="off"), folder / "store")
+    library = ArtifactLibrary.from_config(ArtifactConfig(self_check="off"), folder / f"store-{piece_format}")
     example = {"input_ids_T": run.ids(8), "positions_T": run.ids(8)}
     model = compile_model(run.model, config, example, splitting_ops=run.backend.splitting_ops, library=library)
     clock.lap("compile_s")
