@@ -22,9 +22,6 @@ from workers.startup.account import StartupAccount
 
 logger = logging.getLogger(__name__)
 
-#: Piece formats that load, and are built, without a compiler in this process or without much of one.
-_NO_COMPILER_TO_LOAD = ("aoti", "fx")
-
 
 def get_pieces_ahead(
     config: CompilationConfig, device: torch.device, library: ArtifactLibrary, key: BundleKey, account: StartupAccount
@@ -40,7 +37,8 @@ def get_pieces_ahead(
         with account.phase("find"):
             pieces = StoredPieces(library, key, formats, sizes).find()
         needed = formats[-1] if pieces is None else pieces.piece_format
-        if needed not in _NO_COMPILER_TO_LOAD or (pieces is None and needed == "aoti"):
+        # AOTInductor's pieces are built by a compiler and loaded without; plain ones never need it.
+        if needed == "standalone" or (needed == "aoti" and pieces is None):
             prefetch_compiler()
         if pieces is None:
             return

@@ -7,6 +7,7 @@ the engine and makes it. Imports torch only when called.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import TYPE_CHECKING
 
 from workers.checkpoint.readahead import read_ahead
@@ -33,7 +34,8 @@ def start_engine(
     account = account or StartupAccount.of_process()
     account.title = account.title or f"{config.model} on {config.device}"
     index = device_index(config.device)
-    if index is not None:
+    if index is not None and "torch" not in sys.modules:
+        # Where torch has been imported the caller may have chosen another device with it.
         beside(account, "CUDA driver", functools.partial(initialize_driver, index))
     with account.phase("read ahead") as phase:
         folder = resolve_model(config.model)
