@@ -47,7 +47,9 @@ def ls_command(
         return
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{library.store.url}: {len(rows)} bundles", markup=False)
-    table = Table("key", "status", "model", "device", "formats", "size", "built in", "last use", "", box=None)
+    table = Table(box=None, pad_edge=False)
+    for name in ("key", "status", "model", "device", "formats", "size", "built in", "last use", ""):
+        table.add_column(name, no_wrap=name not in ("model", ""), overflow="fold", min_width=0 if name else 24)
     for row in rows:
         table.add_row(*map(escape, _cells(row)))
     if rows:

@@ -6,7 +6,7 @@ Reads. Looking at a bundle marks manifests that anybody would refuse, as a repli
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from workers.artifacts.bundle import Bundle
@@ -165,21 +165,30 @@ def _row(library: ArtifactLibrary, key: str) -> Row:
     lookup = library.open_digest(key)
     bundle = lookup.bundle
     if bundle is None:
-        return Row(key, "none" if lookup.outcome is Outcome.ABSENT else lookup.outcome.value)
+        status = "none" if lookup.outcome is Outcome.ABSENT else lookup.outcome.value
+        readable = next((found for _, found in library.reader.manifests(key) if isinstance(found, Manifest)), None)
+        model, device = _origin(readable.factors) if readable else ("", "")
+        return Row(key, status, model, device)
     pieces = list(bundle.find(Kind.PIECE))
     names = {entry.name for entry in pieces}
     formats = {entry.format or "" for entry in pieces}
     complete = [name for name in formats if names == {e.name for e in pieces if e.format == name and e.size is None}]
-    graph, runtime = bundle.factors["graph"], bundle.factors["runtime"]
-    environment = graph.get("environment")
+    model, device = _origin(bundle.factors)
     return Row(
         key,
         "ok",
-        model=str(runtime.get("model", "")),
-        device=str(environment.get("device", "")) if isinstance(environment, dict) else "",
+        model,
+        device,
         formats=tuple(sorted(complete)),
         sizes=tuple(sorted({entry.size for entry in pieces if entry.size is not None})),
         num_entries=len(bundle.entries),
         num_bytes=bundle.num_bytes,
         build_seconds=round(bundle.build_seconds, 3),
     )
+
+
+def _origin(factors: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """Model and device, as far as the factors name them."""
+    environment = factors["graph"].get("environment")
+    device = environment.get("device", "") if isinstance(environment, dict) else ""
+    return str(factors["runtime"].get("model", "")), str(device)

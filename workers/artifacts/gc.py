@@ -23,7 +23,7 @@ from workers.artifacts.stores.base import StoredObject
 _DAY_S = 24 * 3600.0
 
 #: A lease whose files nobody has touched for so long is nobody's; holders touch theirs every few seconds.
-_LEASE_AGE_S = 600.0
+_LEASE_AGE_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
