@@ -199,6 +199,13 @@ def test_a_store_that_takes_nothing_is_no_reason_to_fail(
         assert start(library(self_check="off")).report.is_warm
 
 
+def test_a_home_that_cannot_be_written_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WARMGRAPH_ARTIFACTS", "/proc/warmgraph")
+    llm = make_llm()
+    assert llm.engine.runner._graphs.compiled.mode is CompilationMode.VLLM_COMPILE
+    assert len(tokens(llm)) > 0
+
+
 def test_a_store_that_vanishes_between_two_reads(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(built, tmp_path / "artifacts")
     get = DirectoryStore.get

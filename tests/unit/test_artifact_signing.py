@@ -104,6 +104,13 @@ def test_a_laptop_trusts_itself_alone(tmp_path: Path) -> None:
         Trust.from_config(ArtifactConfig(verifier_keys=["x"]), tmp_path)
 
 
+def test_a_home_that_cannot_be_written_gets_a_key_for_the_process(caplog: pytest.LogCaptureFixture) -> None:
+    trust = Trust.from_config(ArtifactConfig(), Path("/proc/warmgraph"))
+    assert trust.signer is not None
+    assert trust.vouches(trust.signer.key_id)
+    assert "later starts will compile again" in caplog.text
+
+
 def test_a_fleet_trusts_the_keys_that_it_is_given(tmp_path: Path) -> None:
     SIGNER.write(tmp_path / "fleet.pem")
     text = SIGNER.verifier.to_text()

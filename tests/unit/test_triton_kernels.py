@@ -109,6 +109,12 @@ def test_an_archive_that_climbs_out_is_not_unpacked(library: ArtifactLibrary, tm
     assert not list(tmp_path.rglob("outside"))
 
 
+def test_a_folder_that_cannot_be_made_is_no_reason_to_fail(library: ArtifactLibrary) -> None:
+    kernels = node(library, Path("/proc/warmgraph"))
+    assert "TRITON_CACHE_DIR" not in os.environ
+    assert kernels.publish_new() is None
+
+
 def test_without_a_bundle_nothing_is_published(tmp_path: Path) -> None:
     library = make_library(signer=SIGNER)
     kernels = node(library, tmp_path)

@@ -89,14 +89,20 @@ class Trust:
 def local_signer(folder: Path) -> SignerKey:
     """The user's own key below the artifact folder, made if need be; of several processes at once, one makes it.
 
+    Where no file can be written the key ends with this process, and so does the use of what it signs.
+
     Raises:
         ConfigError: There is one, and others may read it.
     """
     path = folder / LOCAL_KEY_FILE
     if not path.exists():
         signer = SignerKey.generate()
-        if signer.write(path):
-            logger.info("made a key for local artifacts: %s", path)
+        try:
+            if signer.write(path):
+                logger.info("made a key for local artifacts: %s", path)
+        except OSError as error:
+            logger.warning("no key can be kept in %s (%s): later starts will compile again", folder, error.strerror)
+            return signer
     return SignerKey.from_file(path)
 
 

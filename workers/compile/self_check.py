@@ -8,6 +8,7 @@ against the pieces. Knows processes and verdicts; what is run in the child is in
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -99,8 +100,9 @@ def _verdict_file(pieces: PieceSet, sizes: Sequence[int | None]) -> Path:
 
 def _keep(verdict: Path) -> None:
     try:
-        verdict.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        verdict.touch(mode=0o600)
+        with contextlib.suppress(OSError):  # a node that cannot remember checks again
+            verdict.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            verdict.touch(mode=0o600)
     except OSError as error:
         logger.warning("the verdict on pieces could not be kept, and they will be tried again: %s", error)
 

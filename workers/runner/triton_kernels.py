@@ -56,7 +56,11 @@ class TritonKernels:
         """
         if os.environ.get(_VARIABLE, str(self.folder)) != str(self.folder):
             return 0
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            logger.warning("Triton's kernels are not kept: %s", error)
+            return 0
         os.environ[_VARIABLE] = str(self.folder)
         num_added = 0
         bundle = self._library.peek(self._key)
