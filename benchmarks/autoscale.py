@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 MODEL = "scaled"
 
 
 def _config(model: str, port: int, args: argparse.Namespace) -> dict[str, Any]:
-    scaling = {"min_replicas": 0, "max_replicas": args.max_replicas, "downscale_delay_s": 5}
+    scaling = {"min_replicas": 0, "max_replicas": args.max_replicas, "downscale_delay_s": 3}
     return {
         "models": [
             {
@@ -40,7 +41,7 @@ def _config(model: str, port: int, args: argparse.Namespace) -> dict[str, Any]:
                     "num_replicas": 1,
                     "num_cpus": 0.1,
                     "max_queued_requests": 10_000,
-                    "autoscaling": {**scaling, "downscale_to_zero_delay_s": 5},
+                    "autoscaling": {**scaling, "downscale_to_zero_delay_s": 3},
                 },
             }
         ],
@@ -77,13 +78,22 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
                     break
             import ray
 
-            address = (folder / "ray_current_cluster").read_text().strip()
-            ray.init(address, logging_level="ERROR", log_to_driver=False)
+            ray.init(_ray_address(process.pid), logging_level="ERROR", log_to_driver=False)
             yield f"http://127.0.0.1:{port}"
             ray.shutdown()
         finally:
             process.terminate()
             process.wait(60)
+
+
+def _ray_address(pid: int) -> str:
+    """Where the Ray cluster below a process listens, from the command line of its raylet."""
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for argument in child.cmdline():
+                if argument.startswith("--gcs-address="):
+                    return argument.removeprefix("--gcs-address=")
+    raise RuntimeError("warmgraph serve runs no Ray cluster")
 
 
 class Watch:
@@ -179,7 +189,7 @@ def main() -> None:
     parser.add_argument("--max-replicas", type=int, default=3)
     parser.add_argument("--streams", type=int, default=24, help="concurrent streams of the load")
     parser.add_argument("--max-tokens", type=int, default=100)
-    parser.add_argument("--hold-s", type=float, default=5.0, help="how long the load stays once all replicas run")
+    parser.add_argument("--hold-s", type=float, default=3.0, help="how long the load stays once all replicas run")
     args = parser.parse_args()
     with _served(args) as url:
         results = asyncio.run(_measure(url, args))

@@ -7,6 +7,7 @@ grant the limit when requests are spread evenly, and never more.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from cluster.admission.errors import RateLimitError
 from cluster.admission.keys import ApiKey
@@ -73,7 +74,7 @@ class KeyLimits:
         if wait_s > 0:
             limit = key.requests_per_minute if what == "requests" else key.tokens_per_minute
             raise RateLimitError(
-                f"The key {key.name!r} may use {limit:g} {what} per minute, which are used up; wait {wait_s:.0f} s.",
+                f"The key {key.name!r} may use {limit:g} {what} per minute, which are used up; wait {math.ceil(wait_s)} s.",
                 wait_s,
             )
         bucket.spend(amount)
