@@ -74,7 +74,7 @@ class KeyLimits:
         if wait_s > 0:
             limit = key.requests_per_minute if what == "requests" else key.tokens_per_minute
             raise RateLimitError(
-                f"The key {key.name!r} may use {limit:g} {what} per minute, which are used up; wait {math.ceil(wait_s)} s.",
+                f"The key {key.name!r} may use {limit:g} {what} per minute, now used up; wait {math.ceil(wait_s)} s.",
                 wait_s,
             )
         bucket.spend(amount)
