@@ -86,7 +86,7 @@ def _engine(model: ModelDeployment, replica_class: type[EngineReplica]) -> Appli
 def _scale(replicas: ReplicaConfig) -> dict[str, Any]:
     """Serve's options for a fixed number of replicas, or for one that follows the load.
 
-    Serve's defaults take 40 s to go from one replica to two; these take about one.
+    Serve's defaults take 40 s to go from one replica to two.
     """
     scaling = replicas.autoscaling
     if scaling is None:
