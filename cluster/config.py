@@ -33,6 +33,8 @@ class HttpConfig(_Section):
         proxy: What clients connect to: ``haproxy``, Ray's own proxy in ``python``, or ``auto``, HAProxy where there is
             one for the platform. HAProxy takes a fifth of the CPU time per token.
         max_body_bytes: Largest request body; beyond it the answer is 413.
+        stalled_client_timeout_s: A client that takes nothing for this long, while something waits to be sent, is given
+            up and its request aborted.
         ingress_replicas: Processes that parse HTTP and tokenise.
         ingress_cpus: CPUs that Ray reserves for each of them.
     """
@@ -41,6 +43,7 @@ class HttpConfig(_Section):
     port: int = pydantic.Field(default=8000, ge=1, le=65535)
     proxy: Literal["auto", "haproxy", "python"] = "auto"
     max_body_bytes: int = pydantic.Field(default=8 * 2**20, ge=1024)
+    stalled_client_timeout_s: float = pydantic.Field(default=60.0, gt=0)
     ingress_replicas: int = pydantic.Field(default=1, ge=1)
     ingress_cpus: float = pydantic.Field(default=0.1, ge=0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 
 class FinishReason(enum.StrEnum):
@@ -74,6 +75,23 @@ class TokenChunk:
 
 
 _NOTHING_ELSE = (None,) * 5
+
+
+def join_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
+    """Consecutive chunks of one request, at least one, as one."""
+    first, last = chunks[0], chunks[-1]
+    logprobs = [position for chunk in chunks for position in chunk.logprobs or ()]
+    return TokenChunk(
+        request_id=first.request_id,
+        token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids],
+        text="".join(chunk.text for chunk in chunks),
+        logprobs=logprobs or None,
+        prompt_logprobs=first.prompt_logprobs,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        num_cached_tokens=first.num_cached_tokens,
+        error=last.error,
+    )
 
 
 @dataclasses.dataclass(slots=True)

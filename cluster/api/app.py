@@ -72,7 +72,7 @@ def create_app(
         context.prompts.close()
 
     app = _Application(title="warmgraph", version=_version(), lifespan=lifespan, redirect_slashes=False)
-    app.add_middleware(RequestMiddleware, metrics=metrics)
+    app.add_middleware(RequestMiddleware, metrics=metrics, stalled_client_s=settings.stalled_client_s)
     app.add_exception_handler(WarmgraphError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_unknown_url)
     _add_generation_routes(app, context)

@@ -20,7 +20,7 @@ from cluster.api.metrics import ModelMetrics
 from cluster.api.responses import PromptTokensDetails, Usage
 from cluster.messages import GenerateRequest
 from workers.errors import EngineDeadError, QueueFullError, UserError
-from workers.outputs import FinishReason, TokenChunk
+from workers.outputs import FinishReason, TokenChunk, join_chunks
 
 #: A choice's index and what it got.
 _Chunk = tuple[int, TokenChunk]
@@ -104,7 +104,7 @@ class Generation:
         async with aclosing(self.chunks()) as chunks:
             async for index, chunk in chunks:
                 parts[index].append(chunk)
-        return [_join(chunks_of_choice) for chunks_of_choice in parts]
+        return [join_chunks(chunks_of_choice) for chunks_of_choice in parts]
 
     def usage(self) -> Usage:
         """Tokens so far."""
@@ -158,21 +158,6 @@ class Generation:
         self._unfinished.discard(index)
         self._metrics.finished[chunk.finish_reason.value].inc()
         self._metrics.e2e_latency.observe(time.perf_counter() - self._started_s)
-
-
-def _join(chunks: Sequence[TokenChunk]) -> TokenChunk:
-    """The chunks of one choice, finished, as one."""
-    first, last = chunks[0], chunks[-1]
-    return TokenChunk(
-        request_id=first.request_id,
-        token_ids=[token_id for chunk in chunks for token_id in chunk.token_ids],
-        text="".join(chunk.text for chunk in chunks),
-        logprobs=[position for chunk in chunks for position in chunk.logprobs or ()],
-        prompt_logprobs=first.prompt_logprobs,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        num_cached_tokens=first.num_cached_tokens,
-    )
 
 
 def _discard_output(chunk: TokenChunk) -> None:

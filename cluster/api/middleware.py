@@ -7,7 +7,9 @@ chunk here is one function call.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import time
 import uuid
 from typing import Any
 
@@ -17,6 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.api.errors import to_api_error
 from cluster.api.metrics import HttpMetrics
 from workers.errors import InvalidRequestError
+
+logger = logging.getLogger(__name__)
 
 #: Status under which a request whose client left is counted (nginx's convention); nobody receives it.
 CLIENT_CLOSED_REQUEST = 499
@@ -32,12 +36,16 @@ class RequestMiddleware:
     - ``X-Request-Id`` of the request, or a new one, goes back with the response.
     - A client that disconnects cancels the task that answers it, whatever it is waiting for; generators below are
       closed by that, which aborts their requests.
+    - A client that takes nothing for too long, while something waits to be sent, is treated as one that left.
     - An unexpected error before the response has started becomes a 500 with an opaque id.
     """
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, stalled_client_s: float) -> None:
         self._app = app
         self._metrics = metrics
+        self._stalled_client_s = stalled_client_s
+        self._open: set[_Exchange] = set()
+        self._sweeper: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,13 +53,28 @@ class RequestMiddleware:
             return
         self._metrics.in_flight.inc()
         exchange = _Exchange(receive, send, _header(scope, b"x-request-id"))
+        self._open.add(exchange)
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(self._sweep())
         try:
             await exchange.run(self._app, scope)
         finally:
+            self._open.discard(exchange)
             self._metrics.in_flight.dec()
             endpoint = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.requests.labels(method, endpoint, exchange.status).inc()
+
+    async def _sweep(self) -> None:
+        """Give up stalled clients. One task for all, because a timer for every chunk would cost more than the chunk."""
+        while self._open:
+            await asyncio.sleep(self._stalled_client_s / 4)
+            limit = time.monotonic() - self._stalled_client_s
+            for exchange in [*self._open]:
+                if exchange.sending_since_s is not None and exchange.sending_since_s < limit:
+                    logger.warning("a client has taken nothing for %.0f s; giving it up", self._stalled_client_s)
+                    exchange.give_up()
+        self._sweeper = None
 
 
 class _Exchange:
@@ -59,10 +82,12 @@ class _Exchange:
 
     Attributes:
         status: Of the response; 499 if the client left before it was complete.
+        sending_since_s: Since when a part of the response waits to be taken (``time.monotonic()``), or None.
     """
 
     def __init__(self, receive: Receive, send: Send, request_id: str | None) -> None:
         self.status = CLIENT_CLOSED_REQUEST
+        self.sending_since_s: float | None = None
         self._receive = receive
         self._send = send
         self._is_id_valid = request_id is None or _REQUEST_ID.fullmatch(request_id) is not None
@@ -119,14 +144,20 @@ class _Exchange:
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._request_id.encode())]
         elif not message.get("more_body", False):
             self._stop_watching()  # servers report a completed response as a disconnect
+        self.sending_since_s = time.monotonic()
         try:
             await self._send(message)
         except OSError:
             raise ClientDisconnect from None
+        self.sending_since_s = None
 
     async def _wait_for_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self.give_up()
+
+    def give_up(self) -> None:
+        """End the request as if its client had left."""
         self._has_left = True
         assert self._task is not None
         self._task.cancel()

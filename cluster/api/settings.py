@@ -15,6 +15,7 @@ class ApiSettings:
         inline_tokenization_chars: Prompts of up to this many characters are rendered and tokenised on the event
             loop (about 0.2 ms per 1,000 characters); longer ones on a thread.
         tokenizer_threads: Threads for those.
+        stalled_client_s: A client that takes nothing for this long, while something waits to be sent, is given up.
         system_fingerprint: Value of the field of that name in responses.
     """
 
@@ -22,4 +23,5 @@ class ApiSettings:
     max_choices: int = 1024
     inline_tokenization_chars: int = 2048
     tokenizer_threads: int = 2
+    stalled_client_s: float = 60.0
     system_fingerprint: str | None = None

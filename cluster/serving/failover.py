@@ -70,8 +70,8 @@ class ResumableRequest:
             attempt=attempt,
         )
 
-    def accept(self, chunk: TokenChunk) -> TokenChunk:
-        """Note a chunk of the current attempt; returns it as the client may see it.
+    def accept(self, chunk: TokenChunk) -> None:
+        """Note a chunk of the current attempt, and make it what the client may see.
 
         What only a request's first chunk carries (cached tokens, prompt logprobs) is taken off a resumed one's.
         """
@@ -81,7 +81,6 @@ class ResumableRequest:
             if self._has_begun:
                 chunk.num_cached_tokens = chunk.prompt_logprobs = None
         self._has_begun = True
-        return chunk
 
 
 def _with_seed(params: SamplingParams) -> SamplingParams:

@@ -107,14 +107,14 @@ class Fleet:
                 link, stream = await self._submit(attempt)
                 try:
                     while not is_finished:
-                        for chunk in await stream.get():
-                            if chunk.finish_reason is FinishReason.ERROR:
-                                raise ReplicaLostError(chunk.error or "The engine stopped.", link.connection_id)
-                            is_finished = chunk.finish_reason is not None
-                            chunk = resumable.accept(chunk)
-                            if self._suspects.has_any and self._suspects.is_cleared(resumable, is_finished=is_finished):
-                                end_turn()
-                            yield chunk
+                        chunk = await stream.get()
+                        if chunk.finish_reason is FinishReason.ERROR:
+                            raise ReplicaLostError(chunk.error or "The engine stopped.", link.connection_id)
+                        is_finished = chunk.finish_reason is not None
+                        resumable.accept(chunk)
+                        if self._suspects.has_any and self._suspects.is_cleared(resumable, is_finished=is_finished):
+                            end_turn()
+                        yield chunk
                 except ReplicaLostError as lost:
                     self._suspects.note_death(resumable, lost.death)
                 finally:

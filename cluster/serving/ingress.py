@@ -59,7 +59,9 @@ class Ingress:
         """Called by Serve on the replica's event loop, after the constructor."""
         for model in self._directory.models():
             model.fleet.start()
-        settings = ApiSettings(max_body_bytes=self._config.http.max_body_bytes)
+        settings = ApiSettings(
+            max_body_bytes=self._config.http.max_body_bytes, stalled_client_s=self._config.http.stalled_client_timeout_s
+        )
         return create_app(self._directory, self._metrics, settings, self._export_metrics, self._admission)
 
     async def _export_metrics(self) -> tuple[bytes, str]:

@@ -1,14 +1,17 @@
 """The chunks of one request on their way from a replica's step messages to the task that reads them.
 
-A reader that falls behind gets several chunks at once; what waits is bounded by the request's ``max_tokens``. Knows
-nothing about where chunks come from.
+A reader that falls behind gets several chunks as one; what waits is bounded by the request's ``max_tokens``, and kept
+as one chunk, not as one per token. Knows nothing about where chunks come from.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from workers.outputs import TokenChunk
+from workers.outputs import TokenChunk, join_chunks
+
+#: Unread chunks that are put together.
+_MAX_UNREAD = 64
 
 
 class TokenStream:
@@ -24,6 +27,8 @@ class TokenStream:
     def put(self, chunk: TokenChunk) -> None:
         """Add what a step brought."""
         self._chunks.append(chunk)
+        if len(self._chunks) > _MAX_UNREAD:
+            self._chunks = [join_chunks(self._chunks)]
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -31,8 +36,8 @@ class TokenStream:
         self._error = error
         self._wake()
 
-    async def get(self) -> list[TokenChunk]:
-        """All chunks that arrived since the last call; waits for at least one, raises what :meth:`fail` was given."""
+    async def get(self) -> TokenChunk:
+        """What arrived since the last call; waits for at least one chunk, raises what :meth:`fail` was given."""
         if not self._chunks:
             if self._error is None:
                 self._reader = asyncio.get_running_loop().create_future()
@@ -41,7 +46,7 @@ class TokenStream:
                 assert self._error is not None
                 raise self._error
         chunks, self._chunks = self._chunks, []
-        return chunks
+        return chunks[0] if len(chunks) == 1 else join_chunks(chunks)
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():

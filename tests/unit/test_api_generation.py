@@ -596,6 +596,21 @@ async def test_a_connection_that_breaks_while_sending_aborts_the_request() -> No
     assert len(api.model.aborted) == 1
 
 
+async def test_a_client_that_takes_nothing_is_given_up_and_its_request_aborted() -> None:
+    api = make_api(lambda request: ["Hello", "world"] * 1000, settings=ApiSettings(stalled_client_s=0.1))
+
+    class Stalled(Exchange):
+        async def _send(self, message: Any) -> None:
+            if "Hello" in self.text:
+                await asyncio.Event().wait()
+            await super()._send(message)
+
+    async with Stalled.post(api, "/v1/completions", stream=True) as exchange:
+        await exchange.finished()
+    assert len(api.model.aborted) == 1
+    assert api.metric("warmgraph_http_requests_total", method="POST", endpoint="/v1/completions", status="499") == 1
+
+
 # --- the event loop --------------------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,18 @@ async def test_a_client_that_leaves_while_its_replica_drains_is_aborted() -> Non
     assert not replica.running
 
 
+async def test_a_reader_that_falls_behind_gets_everything_in_few_chunks() -> None:
+    cluster = FakeCluster(round_robin)
+    await cluster.start_replica()
+    request = make_request("slow", SamplingParams(temperature=0.0, max_tokens=300))
+    stream = cluster.fleet.stream(request)
+    chunks = [await anext(stream)]
+    await asyncio.sleep(0.7)
+    chunks += [chunk async for chunk in stream]
+    assert_is_undisturbed(request, chunks)
+    assert len(chunks) < 100
+
+
 # --- poison ----------------------------------------------------------------------------------------------------------
 
 
