@@ -148,6 +148,21 @@ class IngressLoad:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DeploymentState:
+    """What Serve says of a model's deployment, for operators.
+
+    Attributes:
+        status: ``HEALTHY``, ``UPDATING``, ``UNHEALTHY``, ``DEPLOY_FAILED``, ...
+        message: Why, if it is not healthy: of a constructor that fails, its error.
+        replicas: Number of replicas by state: ``RUNNING``, ``STARTING``, ...
+    """
+
+    status: str
+    message: str
+    replicas: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SubmitReply:
     """A replica's answer to a submission.
 

@@ -16,7 +16,7 @@ from cluster.admission.admission import Admission
 from cluster.api.app import create_app
 from cluster.api.metrics import HttpMetrics
 from cluster.api.settings import ApiSettings
-from cluster.messages import GenerateRequest, ReplicaStatus
+from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
 from tests.replica_states import replica_state
 from workers.errors import InvalidRequestError, UnknownModelError
 from workers.graphs import (
@@ -82,6 +82,7 @@ class FakeClient:
 
     Attributes:
         replicas: What GET /status reports of it.
+        deployment: And what of its deployment.
         requests: Every request so far.
         open: Ids of the requests that are neither finished nor closed.
         aborted: Ids of those that were closed before their end.
@@ -96,12 +97,16 @@ class FakeClient:
     is_ready: bool = True
     num_cached_tokens: int = 3
     replicas: dict[str, ReplicaStatus] = dataclasses.field(default_factory=dict)
+    deployment: DeploymentState | None = None
     requests: list[GenerateRequest] = dataclasses.field(default_factory=list)
     open: set[str] = dataclasses.field(default_factory=set)
     aborted: list[str] = dataclasses.field(default_factory=list)
 
     async def status(self) -> dict[str, ReplicaStatus]:
         return self.replicas
+
+    async def deployment_state(self) -> DeploymentState | None:
+        return self.deployment
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         self.requests.append(request)

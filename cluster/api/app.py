@@ -6,6 +6,7 @@ Knows nothing about Ray: models come in through :class:`~cluster.api.client.Mode
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.metadata
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -35,6 +36,7 @@ from cluster.api.responses import (
     ModelCard,
     ModelList,
     ModelStatus,
+    ServeState,
     StatusResponse,
     VersionResponse,
 )
@@ -148,21 +150,25 @@ def _add_operator_routes(app: FastAPI, directory: ModelDirectory, export_metrics
 
     @app.get("/status", tags=["operation"], responses=openapi.responses(StatusResponse))
     async def status() -> Response:
-        """What each replica of each model reports: its load and its captured graphs."""
+        """What each replica of each model reports, and what Serve says of those that do not."""
         clients = directory.models()
-        answers = await asyncio.gather(*(client.status() for client in clients))
-        models = {
-            client.name: ModelStatus(
-                is_ready=client.is_ready, replicas={name: replica.to_dict() for name, replica in replicas.items()}
-            )
-            for client, replicas in zip(clients, answers, strict=True)
-        }
-        return JSONResponse(StatusResponse(models=models).model_dump())
+        models = await asyncio.gather(*(_status(client) for client in clients))
+        by_name = {client.name: model for client, model in zip(clients, models, strict=True)}
+        return JSONResponse(StatusResponse(models=by_name).model_dump())
 
     @app.get("/version", tags=["operation"], responses=openapi.responses(VersionResponse))
     async def version() -> Response:
         """The version of warmgraph."""
         return JSONResponse(VersionResponse(version=app.version).model_dump())
+
+
+async def _status(client: ModelClient) -> ModelStatus:
+    deployment, replicas = await asyncio.gather(client.deployment_state(), client.status())
+    return ModelStatus(
+        is_ready=client.is_ready,
+        deployment=None if deployment is None else ServeState(**dataclasses.asdict(deployment)),
+        replicas={name: replica.to_dict() for name, replica in replicas.items()},
+    )
 
 
 def _card(client: ModelClient) -> ModelCard:

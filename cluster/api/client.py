@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from cluster.messages import GenerateRequest, ReplicaStatus
+from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
 from workers.outputs import TokenChunk
 
 
@@ -107,6 +107,10 @@ class ModelClient(Protocol):
 
     async def status(self) -> Mapping[str, ReplicaStatus]:
         """The account of each replica that answers, by replica id."""
+        ...
+
+    async def deployment_state(self) -> DeploymentState | None:
+        """Whether its replicas run and start, and why not; None if nobody knows."""
         ...
 
 

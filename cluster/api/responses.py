@@ -192,10 +192,19 @@ class HealthResponse(_Response):
     models: dict[str, Literal["ready", "not_ready"]]
 
 
+class ServeState(_Response):
+    """What Ray Serve says of a model's replicas."""
+
+    status: str
+    message: str = Field(description="Why replicas do not start, if they do not.")
+    replicas: dict[str, int] = Field(description="Number of replicas by state.")
+
+
 class ModelStatus(_Response):
     """One model in the answer of GET /status."""
 
     is_ready: bool
+    deployment: ServeState | None
     replicas: dict[str, dict[str, Any]] = Field(
         description="By replica id: 'state' is the load after the last step, 'graphs' the account of captured graphs, "
         "'startup' that of the start."

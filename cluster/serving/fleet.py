@@ -14,13 +14,14 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import METRICS_INTERVAL_S, ReplicaConfig
-from cluster.messages import GenerateRequest, ReplicaStatus
+from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
 from cluster.routing import running_replicas
 from cluster.routing.policies import RoutingPolicy
 from cluster.routing.snapshot import ReplicaSnapshot, RoutingRequest
 from cluster.serving.failover import ReplicaLostError, ResumableRequest
 from cluster.serving.gate import Gate
 from cluster.serving.link import SILENT_TICKS, ReplicaLink, call_any_replica
+from cluster.serving.serve_state import deployment_state
 from cluster.serving.suspects import Suspects
 from cluster.serving.token_stream import TokenStream
 from workers.errors import EngineDeadError, InvalidRequestError, QueueFullError
@@ -128,6 +129,10 @@ class Fleet:
     async def status(self) -> dict[str, ReplicaStatus]:
         """Every connected replica's account of itself, by replica id; replicas that do not answer are left out."""
         return await self._ask_all("status")
+
+    async def deployment_state(self) -> DeploymentState | None:
+        """What Serve says of the replicas, those that do not start included."""
+        return await deployment_state(self._handle.app_name, self._handle.deployment_name)
 
     async def _ask_all(self, method: str) -> dict[str, Any]:
         links = [link for link in self._links.values() if link.is_routable]

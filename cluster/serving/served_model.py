@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 
 from cluster.config import ModelDeployment
-from cluster.messages import GenerateRequest, ReplicaStatus
+from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
 from cluster.serving.fleet import Fleet
 from workers.checkpoint.resolve import resolve_model
 from workers.errors import UnknownModelError
@@ -56,6 +56,10 @@ class ServedModel:
     async def status(self) -> dict[str, ReplicaStatus]:
         """Every connected replica's account of itself, by replica id."""
         return await self.fleet.status()
+
+    async def deployment_state(self) -> DeploymentState | None:
+        """What Serve says of the replicas."""
+        return await self.fleet.deployment_state()
 
 
 class Directory:

@@ -36,12 +36,14 @@ class Deployment:
         url: Base URL of the API.
         folder: The model's checkpoint.
         process: ``warmgraph serve``.
+        ray_dir: Ray's folder; names the cluster's address.
         greeting: What it printed when it was ready.
     """
 
     url: str
     folder: Path
     process: subprocess.Popen[str]
+    ray_dir: Path
     greeting: str
 
     def client(self) -> openai.AsyncOpenAI:
@@ -154,7 +156,7 @@ def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         )
         try:
             greeting = _read_until_ready(process)
-            yield Deployment(f"http://127.0.0.1:{port}", tiny_model, process, greeting)
+            yield Deployment(f"http://127.0.0.1:{port}", tiny_model, process, Path(ray_dir), greeting)
         finally:
             process.send_signal(signal.SIGINT)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.api.app import create_app
 from cluster.api.metrics import HttpMetrics
+from cluster.messages import DeploymentState
 from tests.api_fakes import FakeClient, FakeDirectory, answer, error_of, make_api, replica_status
 from workers.errors import QueueFullError
 
@@ -60,11 +62,16 @@ async def test_health_needs_every_model_ready(ready: list[bool], status: int) ->
 
 async def test_status_shows_every_replica_of_every_model() -> None:
     status = replica_status()
-    clients = [FakeClient(name="busy", replicas={"a": status, "b": status}), FakeClient(name="down", is_ready=False)]
+    deployment = DeploymentState("DEPLOY_FAILED", "The constructor failed.", {"STARTING": 1})
+    clients = [
+        FakeClient(name="busy", replicas={"a": status, "b": status}),
+        FakeClient(name="down", is_ready=False, deployment=deployment),
+    ]
     api = make_api()
     api.app = create_app(FakeDirectory(clients), HttpMetrics(CollectorRegistry()))
     models = (await api.request("GET", "/status")).json()["models"]
-    assert models["down"] == {"is_ready": False, "replicas": {}}
+    assert models["down"] == {"is_ready": False, "deployment": dataclasses.asdict(deployment), "replicas": {}}
+    assert models["busy"]["deployment"] is None
     assert models["busy"]["is_ready"]
     as_sent = json.loads(json.dumps(status.to_dict()))
     assert models["busy"]["replicas"] == dict.fromkeys(("a", "b"), as_sent)
