@@ -28,6 +28,9 @@ from benchmarks.stub_engine import StubReplica, write_stub_model
 from cluster.config import DeploymentConfig
 from cluster.serving.local import running_deployment
 
+#: Before HAProxy has checked a new ingress twice it sends to Ray's Python proxy; a spare process still starts, too.
+_SETTLE_S = 15.0
+
 #: Opens all streams, waits until each has a token, then counts tokens and events between two marks on standard input.
 _CLIENT = r"""
 import asyncio, sys
@@ -91,6 +94,7 @@ def main() -> None:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    time.sleep(_SETTLE_S)
     path = "/v1/completions" if args.endpoint == "completions" else "/v1/chat/completions"
     prompt = {"prompt": "Hi"} if args.endpoint == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
     body = json.dumps({"model": "stub", "stream": True, "max_tokens": 1_000_000, **prompt})

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from cluster.config import DeploymentConfig, ModelDeployment
+from cluster.config import DeploymentConfig, HttpConfig, ModelDeployment
 from cluster.environment import process_environment
 
 #: Built from this repository; operators push it under a name of their own.
@@ -56,7 +56,7 @@ def ray_service(config: DeploymentConfig, image: str) -> dict[str, Any]:
                 "rayVersion": _RAY_VERSION,
                 "headGroupSpec": {
                     "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},
-                    "template": _pod("ray-head", image, _HEAD_RESOURCES, _HEAD_RESOURCES, config.http.port),
+                    "template": _pod("ray-head", image, _HEAD_RESOURCES, _HEAD_RESOURCES, config.http),
                 },
                 **({"enableInTreeAutoscaling": True} if any(m.replicas.autoscaling for m in config.models) else {}),
                 "workerGroupSpecs": [*_ingress_groups(config, image), *_engine_groups(config, image)],
@@ -115,19 +115,21 @@ def _worker_group(model: ModelDeployment, image: str, config: DeploymentConfig) 
         "minReplicas": scaling.min_replicas if scaling else replicas.num_replicas,
         "maxReplicas": scaling.max_replicas if scaling else replicas.num_replicas,
         "rayStartParams": {},
-        "template": _pod("ray-worker", image, requests, limits, config.http.port),
+        "template": _pod("ray-worker", image, requests, limits, config.http),
     }
 
 
-def _pod(name: str, image: str, requests: dict[str, str], limits: dict[str, str], http_port: int) -> dict[str, Any]:
+def _pod(name: str, image: str, requests: dict[str, str], limits: dict[str, str], http: HttpConfig) -> dict[str, Any]:
+    # HAProxy has not been tried on Kubernetes: there it must be asked for.
+    environment = process_environment({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if http.proxy == "haproxy" else None)
     return {
         "spec": {
             "containers": [
                 {
                     "name": name,
                     "image": image,
-                    "env": [{"name": key, "value": value} for key, value in sorted(process_environment().items())],
-                    "ports": [{"name": "serve", "containerPort": http_port}],
+                    "env": [{"name": key, "value": value} for key, value in sorted(environment.items())],
+                    "ports": [{"name": "serve", "containerPort": http.port}],
                     "resources": {"requests": requests, "limits": limits},
                 }
             ]

@@ -97,7 +97,7 @@ class FakeReplica:
         for request_id in request_ids:
             self.running.pop(request_id, None)
 
-    async def steps(self, client_id: str) -> AsyncIterator[StepMessage]:
+    async def steps(self, client_id: str, node_id: str) -> AsyncIterator[StepMessage]:
         await self._be_alive()
         outbox = self._outboxes[client_id] = Outbox(self.state(), PrefixFeed(PrefixIndex()))
         try:

@@ -41,6 +41,7 @@ class Fleet:
         policy: Picks a replica for each request.
         replicas: Limits and time-outs.
         prefix_block_size: Tokens per KV block if the policy is to know cached prefixes, else None.
+        node_id: Ray's id of this process' node.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Fleet:
         policy: RoutingPolicy,
         replicas: ReplicaConfig,
         prefix_block_size: int | None = None,
+        node_id: str = "",
     ) -> None:
         self._handle = handle
         self._policy = policy
         self._start_timeout_s = replicas.start_timeout_s
         self._prefix_block_size = prefix_block_size
+        self._node_id = node_id
         self._tick_s = replicas.heartbeat_timeout_s / SILENT_TICKS
         self._gate = Gate(lambda: self.snapshots, replicas, self._wake)
         self._autoscaling = replicas.autoscaling
@@ -226,7 +229,7 @@ class Fleet:
             if replica_id not in replica_ids and not link.is_draining:
                 link.drain()
         for replica_id in replica_ids - self._links.keys():
-            link = ReplicaLink(replica_id, self._handle, self._note_connected, self._gate.open)
+            link = ReplicaLink(replica_id, self._handle, self._note_connected, self._gate.open, self._node_id)
             self._links[replica_id] = link
             task = asyncio.get_running_loop().create_task(self._follow(link))
             self._tasks.add(task)

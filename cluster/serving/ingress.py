@@ -9,6 +9,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import ray
 from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -49,6 +50,7 @@ class Ingress:
                 policy.choose,
                 model.replicas,
                 model.engine.block_size if reads_prefix else None,
+                str(ray.get_runtime_context().get_node_id()),
             )
             models.append(ServedModel(model, fleet))
             self._metrics.watch_queue(model.name, lambda fleet=fleet: fleet.num_held)  # type: ignore[misc]  # bound now

@@ -24,6 +24,7 @@ from cluster.messages import GenerateRequest, ReplicaState, StepMessage, SubmitR
 from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.snapshot import ReplicaSnapshot
 from cluster.serving.failover import ReplicaLostError
+from cluster.serving.step_socket import read_messages
 from cluster.serving.token_stream import TokenStream
 from workers.errors import EngineDeadError
 
@@ -47,6 +48,7 @@ class ReplicaLink:
         handle: Handle of the model's deployment.
         on_change: Called when the link becomes usable or stops being so.
         on_state: Called when the replica has reported its state.
+        node_id: Ray's id of this process' node; a replica on it sends through a socket.
 
     Attributes:
         state: The replica's last report; None while not connected.
@@ -61,6 +63,7 @@ class ReplicaLink:
         handle: DeploymentHandle[Any],
         on_change: Callable[[], None],
         on_state: Callable[[], None],
+        node_id: str,
     ) -> None:
         self.replica_id = replica_id
         self.state: ReplicaState | None = None
@@ -76,6 +79,7 @@ class ReplicaLink:
         self._offers: set[asyncio.Task[Any]] = set()
         self._parcel: dict[str, GenerateRequest] | None = None
         self._parcel_call: asyncio.Task[dict[str, SubmitReply]] | None = None
+        self._node_id = node_id
         self._num_silent_ticks = 0
         self._reader: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[Any]] = set()
@@ -125,10 +129,19 @@ class ReplicaLink:
 
     async def _read_steps(self) -> None:
         handle: Any = self._handle.options(stream=True)
-        steps = handle.steps.remote(self.connection_id, replica_id=self.replica_id)
+        steps = handle.steps.remote(self.connection_id, self._node_id, replica_id=self.replica_id)
         try:
-            async for message in steps:
-                self._deliver(message)
+            async for item in steps:
+                if isinstance(item, StepMessage):
+                    self._deliver(item)
+                    continue
+                try:
+                    async for message in read_messages(item, self.connection_id):
+                        self._deliver(message)
+                except OSError as error:
+                    logger.warning("no socket to replica %s (%s); going through Ray", self.replica_id, error)
+                    self._node_id = ""
+                    return
         finally:
             steps.cancel()
 

@@ -12,12 +12,15 @@ import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from cluster.autoscaling.replica_meter import ReplicaMeter
 from cluster.leases.client import ClusterLeases
 from cluster.messages import GenerateRequest, IngressLoad, ReplicaState, ReplicaStatus, StepMessage, SubmitReply
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
 from cluster.serving.outbox import Outbox
 from cluster.serving.spare import keep_spare
+from cluster.serving.step_socket import StepServer
 from workers.config import EngineConfig
 from workers.engine.start import start_engine
 from workers.engine.stats import EngineStats
@@ -62,6 +65,7 @@ class EngineReplica:
         self._loop = asyncio.get_event_loop()
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, str] = {}
+        self._step_server = StepServer(lambda client_id: self._outboxes[client_id].get())
         self._prefixes = PrefixIndex()
         self._thread = EngineThread(
             lambda: self._make_engine(account), self._on_step, self._on_death, self._on_prefix_changes
@@ -108,20 +112,28 @@ class EngineReplica:
             self._owners.pop(request_id, None)
         self._thread.abort(request_ids)
 
-    async def steps(self, client_id: str, replica_id: str | None = None) -> AsyncIterator[StepMessage]:
+    async def steps(
+        self, client_id: str, node_id: str, replica_id: str | None = None
+    ) -> AsyncIterator[StepMessage | str]:
         """The stream of step messages for one connection of an ingress.
 
-        Ends with an error if the engine stops or hangs. When the ingress goes away its requests are aborted.
+        To an ingress on this node it gives the path of a socket that has them instead, and stays open as long as the
+        connection. Ends with an error if the engine stops or hangs. When the ingress goes away its requests are
+        aborted.
         """
         outbox = self._outboxes[client_id] = Outbox(self._state, PrefixFeed(self._prefixes))
         heartbeat = self._loop.create_task(self._beat(outbox))
         try:
+            if node_id and node_id == self._node_id():
+                yield await self._step_server.path()
+                await heartbeat
             while True:
                 yield await outbox.get()
                 self._raise_if_dead()
         finally:
             heartbeat.cancel()
             del self._outboxes[client_id]
+            self._step_server.close(client_id)
             orphans = [request_id for request_id, owner in self._owners.items() if owner == client_id]
             if orphans:
                 logger.info("connection %s closed; aborting its %d requests", client_id, len(orphans))
@@ -147,6 +159,7 @@ class EngineReplica:
         """Called by Serve once this replica has drained: the engine keeps what the next start can use."""
         if hasattr(self, "_thread"):
             self._thread.stop()
+            self._step_server.shut_down()
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace this replica."""
@@ -155,6 +168,10 @@ class EngineReplica:
     def _make_engine(self, account: StartupAccount) -> Engine:
         """Build the engine; called on its thread."""
         return start_engine(self._config, account, ClusterLeases())
+
+    def _node_id(self) -> str:
+        """Ray's id of this node."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def _raise_if_dead(self) -> None:
         if self._thread.death is not None:
@@ -166,6 +183,7 @@ class EngineReplica:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             outbox.wake()
+            self._raise_if_dead()
 
     def _on_step(self, chunks: list[TokenChunk], stats: EngineStats) -> None:
         """On the engine thread: hand over to the event loop."""

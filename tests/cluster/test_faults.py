@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray.util
 
 from benchmarks.stub_engine import stub_token
 from tests.cluster.conftest import Deployment
@@ -56,7 +57,8 @@ class Faulty:
 @pytest.fixture(scope="module")
 def faulty(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     folder = tmp_path_factory.mktemp("stub")
-    address = (deployment.ray_dir / "ray_current_cluster").read_text()
+    (port_file,) = deployment.ray_dir.glob("session_latest/gcs_server_port_*")
+    address = f"{ray.util.get_node_ip_address()}:{port_file.read_text().strip()}"
     subprocess.run([sys.executable, "-m", "tests.cluster.faulty_app", address, str(folder)], check=True, timeout=180)
     faulty = Faulty(f"{deployment.url}/{NAME}", folder, deployment)
     faulty.wait_until_whole()
