@@ -17,10 +17,21 @@ import tokenizers
 
 from cluster.serving.replica import EngineReplica
 from workers.engine.stats import EngineStats
+from workers.graphs import (
+    CapturePlan,
+    CUDAGraphMode,
+    GraphCounters,
+    GraphDispatcher,
+    GraphMemoryBudget,
+    ModeResolution,
+    make_report,
+)
+from workers.graphs.report import GraphReport
 from workers.outputs import FinishReason, TokenChunk
 from workers.sampling_params import SamplingParams
 from workers.scheduler.output import SchedulerStats
 from workers.startup.account import StartupAccount
+from workers.startup.report import StartupReport
 
 NUM_BLOCKS = 1000
 VOCAB_SIZE = 257
@@ -86,6 +97,25 @@ class StubEngine:
 
     def save_traffic(self) -> None:
         """Nothing to save."""
+
+    def graph_report(self) -> GraphReport:
+        """Of an engine without graphs."""
+        mode = CUDAGraphMode.NONE
+        dispatcher = GraphDispatcher(mode, [], 1)
+        return make_report(
+            ModeResolution(mode, mode, None),
+            dispatcher,
+            GraphCounters(),
+            CapturePlan([], 0),
+            GraphMemoryBudget(),
+            backend_name="none",
+            bytes_held=0,
+            sizes_from="nowhere",
+        )
+
+    def startup_report(self) -> StartupReport:
+        """Of a start that took no time."""
+        return StartupAccount("stub").report()
 
     def use_idle_time(self) -> bool:
         """There is nothing to do."""

@@ -96,7 +96,7 @@ def _ingress_groups(config: DeploymentConfig, image: str) -> list[dict[str, Any]
             "minReplicas": config.http.ingress_replicas,
             "maxReplicas": config.http.ingress_replicas,
             "rayStartParams": {},
-            "template": _pod("ray-worker", image, resources, resources, config.http.port),
+            "template": _pod("ray-worker", image, resources, resources, config.http),
         }
     ]
 

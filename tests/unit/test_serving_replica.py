@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.stub_engine import NUM_BLOCKS, StubEngine, StubReplica, stub_token, write_stub_model
-from cluster.messages import GenerateRequest, StepMessage
+from cluster.messages import GenerateRequest, StepMessage, SubmitReply
 from cluster.serving.step_socket import read_messages
 from workers.errors import EngineDeadError
 from workers.outputs import TokenChunk
@@ -56,6 +56,11 @@ def make_request(name: str, max_tokens: int = 20, attempt: int = 0) -> GenerateR
     return GenerateRequest(name, [1, 2, 3], SamplingParams(max_tokens=max_tokens), attempt=attempt)
 
 
+async def submit(replica: Replica, client_id: str, request: GenerateRequest) -> SubmitReply:
+    (reply,) = await replica.submit(client_id, [request])
+    return reply
+
+
 async def read(steps: AsyncIterator[StepMessage], request_id: str) -> list[int]:
     token_ids: list[int] = []
     async for message in steps:
@@ -70,8 +75,8 @@ async def read(steps: AsyncIterator[StepMessage], request_id: str) -> list[int]:
 async def test_tokens_come_on_the_connection_that_asked_for_them(replica: Replica) -> None:
     first, second = replica.steps("one", ""), replica.steps("two", "")
     await anext(first), await anext(second)
-    assert (await replica.submit("one", make_request("a"))).accepted
-    assert (await replica.submit("two", make_request("b"))).accepted
+    assert (await submit(replica, "one", make_request("a"))).accepted
+    assert (await submit(replica, "two", make_request("b"))).accepted
     expected = [stub_token([1, 2, 3], position) for position in range(20)]
     assert await read(first, "a") == expected
     assert await read(second, "b") == expected
@@ -87,9 +92,9 @@ async def test_a_replica_on_the_same_node_sends_through_a_socket(replica: Replic
     assert Path(path).parent.stat().st_mode & 0o077 == 0
     messages = read_messages(path, client_id)
     await anext(messages)
-    assert (await replica.submit(client_id, make_request("a"))).accepted
+    assert (await submit(replica, client_id, make_request("a"))).accepted
     assert await read(messages, "a") == [stub_token([1, 2, 3], position) for position in range(20)]
-    await replica.submit(client_id, make_request("b", max_tokens=1_000_000))
+    await submit(replica, client_id, make_request("b", max_tokens=1_000_000))
     await steps.aclose()  # type: ignore[attr-defined]  # a generator
     async with asyncio.timeout(5):
         async for _ in messages:  # until the socket closes
@@ -108,15 +113,15 @@ async def test_a_socket_sends_nothing_to_a_connection_that_is_not_open(replica: 
 
 
 async def test_a_submission_without_a_connection_is_not_taken(replica: Replica) -> None:
-    assert not (await replica.submit("nobody", make_request("a"))).accepted
+    assert not (await submit(replica, "nobody", make_request("a"))).accepted
     assert (await replica.stats()).scheduler.num_running == 0
 
 
 async def test_a_connection_that_closes_takes_its_requests_with_it_and_a_newer_one_stays(replica: Replica) -> None:
     first, second = replica.steps("one", ""), replica.steps("two", "")
     await anext(first), await anext(second)
-    await replica.submit("one", make_request("a", max_tokens=1_000_000))
-    await replica.submit("two", make_request("b", max_tokens=200))
+    await submit(replica, "one", make_request("a", max_tokens=1_000_000))
+    await submit(replica, "two", make_request("b", max_tokens=200))
     await first.aclose()  # type: ignore[attr-defined]  # a generator
     assert len(await read(second, "b")) == 200
     async with asyncio.timeout(5):
@@ -138,7 +143,7 @@ async def test_an_engine_that_hangs_ends_its_streams_and_fails_the_health_check(
     await anext(steps)
     replica.check_health()
     replica.may_step.clear()
-    await replica.submit("one", make_request("a"))
+    await submit(replica, "one", make_request("a"))
     with pytest.raises(EngineDeadError, match="hangs: one step has taken more than"):
         async with asyncio.timeout(20 * STEP_TIMEOUT_S):
             await read(steps, "a")
