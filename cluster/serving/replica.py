@@ -126,7 +126,9 @@ class EngineReplica:
         try:
             if node_id and node_id == self._node_id():
                 yield await self._step_server.path()
-                await heartbeat
+                while True:
+                    await asyncio.sleep(self._heartbeat_s)
+                    self._raise_if_dead()
             while True:
                 yield await outbox.get()
                 self._raise_if_dead()
@@ -183,7 +185,6 @@ class EngineReplica:
         while True:
             await asyncio.sleep(self._heartbeat_s)
             outbox.wake()
-            self._raise_if_dead()
 
     def _on_step(self, chunks: list[TokenChunk], stats: EngineStats) -> None:
         """On the engine thread: hand over to the event loop."""
