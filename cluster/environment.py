@@ -19,7 +19,6 @@ from collections.abc import Mapping
 #:   and Serve would kill it.
 #: - RAY_preload_python_modules: a spare process for the next replica (cluster/serving/spare.py).
 #: - RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS: an engine that hangs will not finish anything, and its device is needed.
-#: - RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S: on a busy machine a proxy needs more than Ray's 5 s to start.
 _PROCESS_DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "KINETO_LOG_LEVEL": "99",
@@ -30,7 +29,6 @@ _PROCESS_DEFAULTS = {
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     "RAY_preload_python_modules": "cluster.serving.preload",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
