@@ -112,8 +112,8 @@ def test_what_is_built_to_the_same_wrong_bytes_is_not_built_again(monkeypatch: p
     """A compiler that is wrong every time costs the fleet one build more, and no crash."""
     build = FxFormat.build
 
-    def broken(self: FxFormat, graph: Any) -> bytes:
-        piece = json.loads(build(self, graph))
+    def broken(self: FxFormat, *args: Any) -> bytes:
+        piece = json.loads(build(self, *args))
         return json.dumps(piece | {"code": "def forward(*args):\n    import os\n    os.abort()\n"}).encode()
 
     with monkeypatch.context() as patch:
@@ -136,7 +136,7 @@ def test_what_is_built_to_the_same_wrong_bytes_is_not_built_again(monkeypatch: p
 
 
 def test_a_failed_build_is_remembered_and_served_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: FxFormat, graph: Any) -> bytes:
+    def fail(self: FxFormat, *args: Any) -> bytes:
         raise RuntimeError("ptxas ran out of registers")
 
     with monkeypatch.context() as patch:
