@@ -131,6 +131,9 @@ class ArtifactConfig(pydantic.BaseModel):
         build_wait_s: Of several replicas that miss the same bundle one builds it. The others wait for it this long, and
             then build for themselves.
         serve_meanwhile: Do not wait for a build, one's own or another's, but serve eagerly until it is there.
+        build_in_background: Once a replica serves and has nothing to do, build the piece formats that load faster
+            (``aoti``) for the next start, in a process of the lowest priority; on CUDA it takes a context on the
+            device. ``warmgraph warm`` does the same ahead of a roll-out.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -151,6 +154,7 @@ class ArtifactConfig(pydantic.BaseModel):
     failure_ttl_s: float = pydantic.Field(default=3600.0, gt=0)
     build_wait_s: float = pydantic.Field(default=300.0, ge=0)
     serve_meanwhile: bool = False
+    build_in_background: bool = False
 
 
 class EngineConfig(pydantic.BaseModel):

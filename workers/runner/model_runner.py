@@ -33,6 +33,7 @@ from workers.request import Request
 from workers.runner import kv_cache
 from workers.runner.ahead import begin_ahead
 from workers.runner.artifacts import engine_key
+from workers.runner.background_formats import BackgroundFormats
 from workers.runner.buffers import HostCopies
 from workers.runner.decode_batch import DecodeBatch
 from workers.runner.device import resolve_device, resolve_dtype
@@ -185,10 +186,10 @@ class ModelRunner:
             phase.num_bytes = sum(cache.nbytes for cache in self._kv_caches)
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
         self._histogram_store, self._account = histogram_store, account
+        leases = leases or leases_of(config.artifacts)
         with account.phase("compile"):
-            self._serving = ServingModel(
-                config, self._make_graphs, leases or leases_of(config.artifacts), self.device, account
-            )
+            self._serving = ServingModel(config, self._make_graphs, leases, self.device, account)
+        self._background = _background_formats(config, self.device, self.library, self.bundle_key, leases)
         with account.phase("capture"):
             self._graphs.capture_first_set()
         if not self._serving.is_temporary:
@@ -240,9 +241,16 @@ class ModelRunner:
             return False
         with torch.inference_mode():
             has_captured = self._serving.use_gap(idle)
-        if idle and not has_captured and self._triton_kernels is not None:
-            self._triton_kernels.publish_new()
+        if idle and not has_captured:
+            self._share_with_the_next_start()
         return has_captured
+
+    def _share_with_the_next_start(self) -> None:
+        """Nothing is left to do for this one."""
+        if self._triton_kernels is not None:
+            self._triton_kernels.publish_new()
+        if self._background is not None and not self._serving.is_temporary:
+            self._background.start()
 
     @property
     def _graphs(self) -> GraphedModel:
@@ -366,6 +374,17 @@ class ModelRunner:
         del hidden_TE, logits_RV
         torch.cuda.empty_cache()
         return peak
+
+
+def _background_formats(
+    config: EngineConfig, device: torch.device, library: ArtifactLibrary, key: BundleKey, leases: LeaseService
+) -> BackgroundFormats | None:
+    """None unless the config asks for it and there is something to build and somewhere to put it."""
+    artifacts, compilation = config.artifacts, config.compilation_config
+    is_compiled = not config.enforce_eager and compilation.resolved_mode(device.type) is CompilationMode.VLLM_COMPILE
+    if not (artifacts.build_in_background and artifacts.publish and artifacts.store is not None and is_compiled):
+        return None
+    return BackgroundFormats(config, device.type, library, key, leases)
 
 
 @contextlib.contextmanager
