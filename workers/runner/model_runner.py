@@ -6,10 +6,8 @@ decided by the scheduler.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,9 +17,7 @@ from workers.artifacts.library import ArtifactLibrary
 from workers.attention.selector import make_backend
 from workers.compile.compilation import BuildFlight
 from workers.config import EngineConfig
-from workers.errors import ConfigError
 from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, HistogramStore
-from workers.graphs.context import ForwardContext, set_forward_context
 from workers.kernels import gpu_linear
 from workers.leases.base import LeaseService
 from workers.model.config import ModelConfig
@@ -37,11 +33,12 @@ from workers.runner.background_formats import BackgroundFormats
 from workers.runner.buffers import HostCopies
 from workers.runner.decode_batch import DecodeBatch
 from workers.runner.device import resolve_device, resolve_dtype
+from workers.runner.device_memory import DeviceMemory, out_of_memory
 from workers.runner.flight import leases_of
 from workers.runner.graphed_model import GraphedModel
 from workers.runner.input_batch import InputBatch, StepInputs
 from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sampled_logprobs
-from workers.runner.memory_plan import UNMEASURED_GRAPH_BYTES, MemoryPlan, MemoryPlanShelf, kv_cache_bytes
+from workers.runner.memory_plan import MemoryPlanShelf
 from workers.runner.serving_model import ServingModel
 from workers.runner.slots import SlotTable
 from workers.runner.triton_kernels import TritonKernels
@@ -159,7 +156,7 @@ class ModelRunner:
             with account.phase("Triton kernels"):
                 self._triton_kernels.restore()
         ahead = begin_ahead(config, model_config, self.device, self.backend, self.library, self.bundle_key, account)
-        with account.phase("weights") as weights, _out_of_memory("the weights", "the model's size or its dtype"):
+        with account.phase("weights") as weights, out_of_memory("the weights", "the model's size or its dtype"):
             self.model = load_model(
                 folder, model_config, dtype, self.device, config.load_format, config.seed, max_model_len=max_model_len
             )
@@ -175,11 +172,10 @@ class ModelRunner:
             # Before memory is measured, of which the process that tries pieces takes some.
             for task in ahead:
                 task.result()
-        self._memory_plans = MemoryPlanShelf(self.library, self.bundle_key, config)
+        self._memory = DeviceMemory(config, self.device, MemoryPlanShelf(self.library, self.bundle_key, config))
         with account.phase("profile"):
-            self._memory_plan = self._plan_memory()
-            self.num_blocks = self._plan_blocks(model_config.num_hidden_layers, max_model_len)
-        with account.phase("KV cache") as phase, _out_of_memory("the KV cache", "gpu_memory_utilization"):
+            self.num_blocks = self._memory.num_blocks(self.model, self.backend, max_model_len)
+        with account.phase("KV cache") as phase, out_of_memory("the KV cache", "gpu_memory_utilization"):
             self._kv_caches = kv_cache.allocate_kv_caches(
                 self.backend, model_config.num_hidden_layers, self.num_blocks, self.device
             )
@@ -193,7 +189,7 @@ class ModelRunner:
         with account.phase("capture"):
             self._graphs.capture_first_set()
         if not self._serving.is_temporary:
-            self._keep_memory_plan()
+            self._memory.keep_plan(self._graphs.report().memory_bytes)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> PendingStep:
@@ -321,60 +317,6 @@ class ModelRunner:
             return self.model.compute_logits(hidden_TE[: len(inputs.sampled)])
         return self.model.compute_logits(hidden_TE.index_select(0, inputs.last_rows_R))
 
-    def _plan_memory(self) -> MemoryPlan | None:
-        """Needs beside weights and KV cache: kept ones if they apply, else measured ones; None on a CPU."""
-        if self.device.type != "cuda" or self._sizes_cache_by_config:
-            return None
-        free, _ = self._memory()
-        stored = self._memory_plans.load()
-        if stored is not None and stored.applies(free):
-            logger.info("memory plan: kept from an earlier start")
-            return stored
-        with _out_of_memory("the largest step", "max_num_batched_tokens"):
-            peak_activations = self._peak_activations()
-        return MemoryPlan(peak_activations, UNMEASURED_GRAPH_BYTES, free)
-
-    def _keep_memory_plan(self) -> None:
-        """Replace the guess for captured graphs by what they hold, and keep the plan if it is a new one."""
-        plan, graph_bytes = self._memory_plan, self._graphs.report().memory_bytes
-        if plan is not None and plan.graph_bytes != graph_bytes:
-            self._memory_plan = dataclasses.replace(plan, graph_bytes=graph_bytes)
-            self._memory_plans.save(self._memory_plan)
-
-    @property
-    def _sizes_cache_by_config(self) -> bool:
-        return self.config.num_gpu_blocks_override is not None or self.config.kv_cache_memory_bytes is not None
-
-    def _plan_blocks(self, num_layers: int, max_model_len: int) -> int:
-        available = None
-        if self._memory_plan is not None:
-            free, total = self._memory()
-            available = kv_cache_bytes(self.config.gpu_memory_utilization, total, free, self._memory_plan)
-        per_block = kv_cache.block_bytes(self.backend, num_layers)
-        return kv_cache.plan_num_blocks(self.config, per_block, max_model_len, available)
-
-    def _memory(self) -> tuple[int, int]:
-        """Free and total bytes of the device; what PyTorch caches for reuse is free."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return free + cached, total
-
-    def _peak_activations(self) -> int:
-        """Bytes that the largest step needs above the weights, from a forward without a cache."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        num_tokens = self.config.max_num_batched_tokens
-        ids_T = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
-        with set_forward_context(ForwardContext(self.backend, None, ())):
-            hidden_TE = self.model(ids_T, ids_T)
-        logits_RV = self.model.compute_logits(hidden_TE[: self.config.max_num_seqs])
-        logits_RV.argmax(-1)
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        del hidden_TE, logits_RV
-        torch.cuda.empty_cache()
-        return peak
-
 
 def _background_formats(
     config: EngineConfig, device: torch.device, library: ArtifactLibrary, key: BundleKey, leases: LeaseService
@@ -385,15 +327,6 @@ def _background_formats(
     if not (artifacts.build_in_background and artifacts.publish and artifacts.store is not None and is_compiled):
         return None
     return BackgroundFormats(config, device.type, library, key, leases)
-
-
-@contextlib.contextmanager
-def _out_of_memory(what: str, lower: str) -> Iterator[None]:
-    """Turn the device's refusal into a sentence that says what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(f"The device has no memory for {what}; lower {lower}. ({error})") from None
 
 
 def _triton_kernels(
