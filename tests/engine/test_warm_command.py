@@ -31,6 +31,8 @@ def test_everything_is_there_the_second_time(tmp_path: Path) -> None:
     (row,) = report["formats"]
     assert (row["name"], row["num_pieces"]) == ("fx", 3)
     assert row["num_bytes"] > 0
+    assert not row["was_there"]
+    assert row["seconds"] > 0
     second = runner.invoke(app, ["warm", config], catch_exceptions=False)
     assert "was there" in second.stdout
     assert report["key"][:12] in second.stdout
