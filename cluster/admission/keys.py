@@ -79,11 +79,6 @@ class KeyRing:
                 raise ConfigError(f"API keys: two entries have the same {what}; give each its own.")
         self._keys = [(key.digest, key) for key in keys]
 
-    @property
-    def keys(self) -> list[ApiKey]:
-        """Every entry."""
-        return [key for _, key in self._keys]
-
     def authenticate(self, authorization: str | None) -> ApiKey:
         """The entry of the key in an ``Authorization`` header.
 

@@ -73,7 +73,8 @@ def test_keys_come_from_a_file_and_may_be_given_as_digests(tmp_path: Path) -> No
 
 def test_keys_come_from_a_variable() -> None:
     keys = KeyRing.from_text(f"team-a:{SECRET}, sk-without-name\nteam-b:sk-of-team-b")
-    assert [key.name for key in keys.keys] == ["team-a", "key-2", "team-b"]
+    presented = (SECRET, "sk-without-name", "sk-of-team-b")
+    assert [keys.authenticate(f"Bearer {key}").name for key in presented] == ["team-a", "key-2", "team-b"]
 
 
 @pytest.mark.parametrize(
