@@ -27,6 +27,7 @@ from workers.compile.piece_set import PieceSet
 from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
+from workers.compile.probes import runs_right
 from workers.compile.self_check import check_on_node, is_wanted, note_built_here
 from workers.compile.stitch import WrapPiece
 from workers.compile.weights import weight_names
@@ -259,7 +260,7 @@ class _Loading:
                     where=self._where,
                     counters=self._counters,
                 )
-            if not pieces.is_warm and is_wanted(self._compilation.library.config):
+            if not pieces.is_warm and is_wanted(self._compilation.library.config) and self._run_here(pieces, model):
                 note_built_here(pieces, sizes)
             return model
         except CompileError:
@@ -278,6 +279,18 @@ class _Loading:
         with self._account.phase("self-check"):
             check_on_node(pieces, self._compilation.sizes, self._device, config.self_check_timeout_s)
         self._check_seconds += time.perf_counter() - started
+
+    def _run_here(self, pieces: PieceSet, model: PiecewiseModel) -> bool:
+        """Whether what was built here gives here what it should; if it ends the process, nobody will have said so."""
+        try:
+            return all(
+                runs_right(piece, pieces.probes[size], key, torch.device(self._device))
+                for (key, size), piece in model.loaded.items()
+                if size in pieces.probes
+            )
+        except Exception as error:
+            logger.exception("a piece that was just built does not run alone: %s", error)
+            return False
 
     def _quarantine(self, pieces: PieceSet, error: Exception) -> None:
         assert pieces.bundle is not None

@@ -31,6 +31,9 @@ class PiecewiseModel:
         where: ``file:line (name)`` of the model's code, for errors.
         counters: Counts loaded pieces and refused batches.
 
+    Attributes:
+        loaded: Pieces by key and batch size, as they are before anything is put around them.
+
     Raises:
         PlanMismatchError: The weights are not those the plan was compiled for, or there is no such build.
     """
@@ -53,10 +56,12 @@ class PiecewiseModel:
         self._check = ArgumentCheck(plan.arguments, plan.dynamic_dims, where, self._counters)
         loader = make_format(pieces.piece_format)
 
+        self.loaded: dict[tuple[str, int | None], LoadedPiece] = {}
+
         def runner(size: int | None) -> Runner:
             loaded: dict[str, LoadedPiece] = {}
             for key, build in zip(plan.pieces, pieces.builds([size]), strict=True):
-                loaded[key] = loader.load(pieces.blobs[build.sha256])
+                loaded[key] = self.loaded[key, size] = loader.load(pieces.blobs[build.sha256])
                 self._counters.num_loaded += 1
             return stitch(plan, loaded, weights, size=size, wrap_piece=wrap_piece)
 

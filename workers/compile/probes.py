@@ -18,6 +18,8 @@ from typing import Any, Self
 import torch
 from torch import fx
 
+from workers.compile.stitch import LoadedPiece
+
 logger = logging.getLogger(__name__)
 
 #: Tokens of the batch with which pieces for every size are tried.
@@ -129,6 +131,22 @@ def find_problem(expected: Probe, outputs: Sequence[torch.Tensor]) -> str | None
         if not worst <= 4 * limit:
             return f"result {index} is off by {worst:g} where values are around {want.scale:g}"
     return None
+
+
+def runs_right(piece: LoadedPiece, probes: bytes, key: str, device: torch.device) -> bool:
+    """Run a loaded piece on the inputs that its probe describes; whether it gives what it should.
+
+    Args:
+        probes: Of its batch size, as :func:`record_probes` wrote them.
+    """
+    probe = read_probes(probes)[key]
+    if probe.outputs is None:
+        return True
+    with torch.no_grad():
+        problem = find_problem(probe, piece.as_function()(*make_inputs(probe.inputs, device)))
+    if problem is not None:
+        logger.warning("piece %s, just built: %s", key[:8], problem)
+    return problem is None
 
 
 def _record(graph: fx.GraphModule, size: int | None) -> Probe:

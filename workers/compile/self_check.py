@@ -8,7 +8,6 @@ against the pieces. Knows processes and verdicts; what is run in the child is in
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -86,7 +85,7 @@ def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, ti
 
 
 def note_built_here(pieces: PieceSet, sizes: Sequence[int | None]) -> None:
-    """Pieces that this process built and loaded need no other process to try them on this node."""
+    """Pieces that this process built, loaded and ran need no other process to try them on this node."""
     if pieces.bundle is not None:
         _keep(_verdict_file(pieces, sizes))
 
@@ -100,9 +99,8 @@ def _verdict_file(pieces: PieceSet, sizes: Sequence[int | None]) -> Path:
 
 def _keep(verdict: Path) -> None:
     try:
-        with contextlib.suppress(OSError):  # a node that cannot remember checks again
-            verdict.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            verdict.touch(mode=0o600)
+        verdict.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        verdict.touch(mode=0o600)
     except OSError as error:
         logger.warning("the verdict on pieces could not be kept, and they will be tried again: %s", error)
 
