@@ -224,7 +224,7 @@ def test_a_builder_that_is_killed_is_followed_by_one_that_builds(tmp_path: Path)
 
 
 def test_who_built_pieces_does_not_try_them_in_another_process(tmp_path: Path) -> None:
-    Engine(make_config(tmp_path, self_check="node"))
+    generate(Engine(make_config(tmp_path, self_check="node")))
     report = Engine(make_config(tmp_path, self_check="node")).startup_report()
     checks = [phase for phase in report.phases if phase.name == "self-check"]
     assert checks[0].note == "passed before on this node"
