@@ -1,7 +1,7 @@
 """Scaling a served model with its load: 1 -> 3 -> 1 and 0 -> 1, with the times of decisions, starts and drains.
 
-Starts ``warmgraph serve`` on a Ray cluster of its own, streams completions through the API, and asks Serve's controller
-ten times per second how many replicas it wants and has. A tiny random model is served unless --model names another.
+Starts ``warmgraph serve`` on a Ray cluster of its own, streams completions through the API, and asks `/status`
+ten times per second how many replicas Serve has and starts. A tiny random model is served unless --model names another.
 Ends in one JSON line.
 
     python benchmarks/autoscale.py --max-replicas 3
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import yaml
 
 MODEL = "scaled"
@@ -60,7 +59,7 @@ def _tiny_model(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _served(args: argparse.Namespace) -> Iterator[str]:
-    """``warmgraph serve`` on a Ray cluster of its own, which this process joins to watch the controller."""
+    """``warmgraph serve`` on a Ray cluster of its own; yields its base URL."""
     with tempfile.TemporaryDirectory(prefix="wg-", ignore_cleanup_errors=True) as name, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -76,30 +75,17 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
             for line in process.stderr:
                 if "Ctrl-C" in line:
                     break
-            import ray
-
-            ray.init(_ray_address(process.pid), logging_level="ERROR", log_to_driver=False)
             yield f"http://127.0.0.1:{port}"
-            ray.shutdown()
         finally:
             process.terminate()
             process.wait(60)
 
 
-def _ray_address(pid: int) -> str:
-    """Where the Ray cluster below a process listens, from the command line of its raylet."""
-    for child in psutil.Process(pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for argument in child.cmdline():
-                if argument.startswith("--gcs-address="):
-                    return argument.removeprefix("--gcs-address=")
-    raise RuntimeError("warmgraph serve runs no Ray cluster")
-
-
 class Watch:
     """What the controller wants and has, with the seconds since the last :meth:`restart`."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
+        self._status = httpx.Client(base_url=url, timeout=60)
         self.restart()
 
     def restart(self) -> None:
@@ -108,11 +94,9 @@ class Watch:
 
     def replicas(self) -> tuple[int, int]:
         """Replicas that exist, starting ones among them, and those that run."""
-        from ray import serve
-
-        states = serve.status().applications["warmgraph"].deployments[f"engine-{MODEL}"].replica_states
-        living = {str(state): count for state, count in states.items() if "STOPPING" not in str(state)}
-        return sum(living.values()), sum(count for state, count in living.items() if "RUNNING" in state)
+        states = self._status.get("/status").json()["models"][MODEL]["deployment"]["replicas"]
+        living = {state: num for state, num in states.items() if "STOPPING" not in state}
+        return sum(living.values()), living.get("RUNNING", 0)
 
     async def until(self, *, decided: int | None = None, running: int | None = None) -> float:
         """Seconds until so many replicas were decided on, or ran."""
@@ -141,7 +125,7 @@ async def _stream(client: httpx.AsyncClient, url: str, max_tokens: int) -> float
 
 
 async def _measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
-    watch, results = Watch(), dict[str, Any]()
+    watch, results = Watch(url), dict[str, Any]()
     num_streams = 0
 
     async def load(client: httpx.AsyncClient, stop: asyncio.Event) -> None:
