@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,13 +21,16 @@ logger = logging.getLogger("ray.serve")
 
 #: How long after a replica became ready its node gets a spare: other replicas that start with it come first.
 _DELAY_S = 5.0
+#: Name of the file by which a replica asks for spares.
+_FLAG = "warmgraph-spare"
 #: Between wanting an actor and giving it up: enough for Ray to start a process, too short for the process to come up.
 _WANTED_S = 0.5
 
 
 def wants_spare() -> bool:
     """Whether a replica on this node has asked for a spare: then a new worker prepares to be one."""
-    return _flag().exists()
+    folder = _session_folder()
+    return folder is not None and (folder / _FLAG).exists()
 
 
 def keep_spare() -> None:
@@ -40,7 +42,11 @@ def keep_spare() -> None:
 
 def _ask_for_spare() -> None:
     try:
-        with _one_at_a_time():
+        folder = _session_folder()
+        if folder is None:
+            logger.warning("no spare process on this node: Ray's session folder is not known")
+            return
+        with _one_at_a_time(folder / _FLAG):
             if not has_spare():
                 _want_and_give_up()
     except Exception:
@@ -68,15 +74,20 @@ class _Nobody:
     """The actor that is given up."""
 
 
-def _flag() -> Path:
-    """A file for all workers of one raylet."""
-    return Path(tempfile.gettempdir()) / f"warmgraph-spare-{os.getuid()}-{os.getppid()}"
+def _session_folder() -> Path | None:
+    """Where Ray keeps the files of this session, as the raylet was told; it goes away with the session."""
+    try:
+        arguments = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    folders = [argument.partition(b"=")[2] for argument in arguments if argument.startswith(b"--session_dir=")]
+    return Path(os.fsdecode(folders[0])) if folders else None
 
 
 @contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
+def _one_at_a_time(flag: Path) -> Iterator[None]:
     """Among the replicas of this node; leaves the flag behind."""
-    handle = os.open(_flag(), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    handle = os.open(flag, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -13,7 +13,7 @@ from cluster.serving import spare
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What Ray was asked, with the flag in a folder of the test."""
     calls: list[str] = []
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(spare, "_session_folder", lambda: tmp_path)
     monkeypatch.setattr(spare, "_want_and_give_up", lambda: calls.append("asked"))
     return calls
 
@@ -38,7 +38,7 @@ def test_a_node_gets_one_spare(
 
 def test_a_node_without_a_spare_only_starts_more_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    monkeypatch.setattr(spare, "_session_folder", lambda: tmp_path / "missing")
     monkeypatch.setattr(spare.logger, "exception", told.append)
     spare._ask_for_spare()
     assert told == ["no spare process on this node"]
