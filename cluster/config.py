@@ -31,7 +31,8 @@ class HttpConfig(_Section):
         host: Address to bind; the default is reachable from this machine only.
         port: TCP port.
         proxy: What clients connect to: ``haproxy``, Ray's own proxy in ``python``, or ``auto``, HAProxy where there is
-            one for the platform (on Kubernetes it must be named). HAProxy takes a fifth of the CPU time per token.
+            one for the platform (on Kubernetes it must be named). HAProxy took half the CPU time per token
+            (docs/decisions.md).
         max_body_bytes: Largest request body; beyond it the answer is 413.
         stalled_client_timeout_s: A client that takes nothing for this long, while something waits to be sent, is given
             up and its request aborted.
