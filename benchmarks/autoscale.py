@@ -136,8 +136,8 @@ async def _measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
 
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+        await _stream(client, url, 8)  # it may have gone to zero before
         await watch.until(running=1)
-        await _stream(client, url, 8)
         many, one = asyncio.Event(), asyncio.Event()
         watch.restart()
         crowd = [asyncio.create_task(load(client, many)) for _ in range(args.streams - 1)]
