@@ -94,7 +94,10 @@ class Watch:
 
     def replicas(self) -> tuple[int, int]:
         """Replicas that exist, starting ones among them, and those that run."""
-        states = self._status.get("/status").json()["models"][MODEL]["deployment"]["replicas"]
+        answer = self._status.get("/status")
+        if answer.is_error:
+            raise RuntimeError(f"GET /status: {answer.status_code} {answer.text}")
+        states = answer.json()["models"][MODEL]["deployment"]["replicas"]
         living = {state: num for state, num in states.items() if "STOPPING" not in state}
         return sum(living.values()), living.get("RUNNING", 0)
 
