@@ -211,8 +211,10 @@ async def test_chaos() -> None:
     rng = random.Random(0)
 
     async def kill() -> None:
-        while True:
-            await asyncio.sleep(0.05)
+        for _ in range(12):
+            # As many steps as clear a request of a death, however slow this machine is.
+            steps = {replica: replica.num_steps for replica in cluster.replicas}
+            await until(lambda steps=steps: all(r.num_steps > steps.get(r, 0) + 10 for r in cluster.replicas))
             victim = rng.choice(cluster.replicas)
             victim.die() if rng.random() < 0.5 else setattr(victim, "is_stopped", True)
             await asyncio.sleep(0.3)
