@@ -6,6 +6,7 @@ import asyncio
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import RayServeException
 
 from cluster.messages import DeploymentState
@@ -21,5 +22,6 @@ async def deployment_state(app_name: str, deployment: str) -> DeploymentState | 
     found = None if application is None else application.deployments.get(deployment)
     if found is None:
         return None
-    replicas = {str(state.value): num for state, num in found.replica_states.items()}
+    # Declared as members of the enum; what comes are their names.
+    replicas = {ReplicaState(state).value: num for state, num in found.replica_states.items()}
     return DeploymentState(str(found.status.value), found.message, replicas)
