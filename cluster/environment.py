@@ -14,7 +14,8 @@ from collections.abc import Mapping
 #: - RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP: the ingress is asynchronous anyway; one loop saves a thread hop per message.
 #: - RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD: neither ingress nor replica blocks its event loop, so a second loop
 #:   in a second thread only adds a hop to every chunk.
-#: - RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE, RAY_SERVE_LOG_TO_STDERR: request logs are buffered and kept in files.
+#: - RAY_SERVE_LOG_TO_STDERR: logs are kept in files. Serve's buffer for them stays off: requests are not logged, and an
+#:   error must be in the file before its process dies.
 #: - RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S: a proxy that starts beside engines on a busy machine takes more than 5 s,
 #:   and Serve would kill it.
 #: - RAY_preload_python_modules: a spare process for the next replica (cluster/serving/spare.py).
@@ -24,7 +25,6 @@ _PROCESS_DEFAULTS = {
     "KINETO_LOG_LEVEL": "99",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
