@@ -37,12 +37,25 @@ def tiny_decoder(name: str, dtype: torch.dtype = torch.float32) -> DecoderForCau
         return load_model(folder, ModelConfig.from_folder(folder), dtype, CPU)
 
 
+def _linear_as_on_a_gpu(layer: linear.Linear, x_TK: torch.Tensor) -> torch.Tensor:
+    y_TN: torch.Tensor = torch.ops.warmgraph.linear(x_TK, layer.weight, layer.bias)
+    return y_TN
+
+
+def _silu_and_mul_as_on_a_gpu(layer: linear.Linear, x_TK: torch.Tensor) -> torch.Tensor:
+    if layer.bias is not None:
+        return reference.silu_and_mul(layer(x_TK))
+    y_TN: torch.Tensor = torch.ops.warmgraph.linear_silu_and_mul(x_TK, layer.weight)
+    return y_TN
+
+
 def use_plain_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have models on the CPU compute in plain torch, as they do on a GPU, so that a compiler sees every operation."""
     monkeypatch.setattr(cpu_ops, "is_available", lambda: False)
     for name in ("rms_norm", "add_rms_norm", "apply_rope"):
         monkeypatch.setattr(decoder, name, getattr(reference, name))
-    monkeypatch.setattr(linear, "silu_and_mul", reference.silu_and_mul)
+    monkeypatch.setattr(linear.Linear, "forward", _linear_as_on_a_gpu)
+    monkeypatch.setattr(linear.Linear, "silu_and_mul", _silu_and_mul_as_on_a_gpu)
     monkeypatch.setattr(decoder, "embedding", torch.nn.functional.embedding)
 
 
