@@ -112,12 +112,13 @@ def test_the_engines_tokens_are_those_of_eager(compilation: dict[str, Any]) -> N
 
 
 def test_fused_pieces_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the native kernels Inductor sees every operation, as on a GPU, and fuses them."""
+    """Without the native kernels Inductor sees every operation but products, as on a GPU, and fuses them."""
     use_plain_forms(monkeypatch)
     model = plain_decoder("qwen3")
     compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="standalone")
     assert compiled.plan is not None
-    assert not any("warmgraph" in op for piece in compiled.plan.pieces.values() for op in piece.ops)
+    opaque = {op for piece in compiled.plan.pieces.values() for op in piece.ops if "warmgraph" in op}
+    assert all("linear" in op for op in opaque), opaque
     assert_equals_eager(model, compiled)
 
 
