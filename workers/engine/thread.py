@@ -25,9 +25,6 @@ from workers.scheduler.prefix_journal import PrefixChanges
 if TYPE_CHECKING:
     from workers.engine.engine import Engine
 
-if TYPE_CHECKING:
-    from workers.engine.engine import Engine
-
 logger = logging.getLogger(__name__)
 
 #: Longest sleep of an idle thread, in seconds; it wakes at once for a command.

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.decode_inputs import DecodeBuffers
+from workers.kernels.decode_inputs import DecodeBuffers, DecodeField
 
-_NUM_FIELDS = 8
+_NUM_FIELDS = len(DecodeField)
 #: Block-table entries that a program copies at a time.
 _TILE = 256
 

@@ -9,14 +9,13 @@ Shape suffixes: M = rows (tokens), K = input features, N = output features.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from workers.kernels import reference
+from workers.kernels.triton_found import has_triton
 
 if TYPE_CHECKING:
     from workers.kernels.gpu_linear_triton import LinearKernels
@@ -60,13 +59,13 @@ def prepare(dtype: torch.dtype, device: torch.device) -> None:
     if device.type != "cuda":
         return
     torch.backends.cuda.preferred_blas_library("cublaslt")
-    if dtype in _DTYPES and _has_triton():
+    if dtype in _DTYPES and has_triton():
         _loaded(dtype, device)
 
 
 def _kernels(x: torch.Tensor, weight: torch.Tensor) -> LinearKernels | None:
     """The kernels for these tensors, or None if they are not for them."""
-    if not x.is_cuda or x.dtype not in _DTYPES or not _has_triton():
+    if not x.is_cuda or x.dtype not in _DTYPES or not has_triton():
         return None
     if not x.is_contiguous() or not weight.is_contiguous() or weight.shape[1] % 16:
         return None
@@ -78,11 +77,6 @@ def _loaded(dtype: torch.dtype, device: torch.device) -> LinearKernels:
 
     index = torch.cuda.current_device() if device.index is None else device.index
     return linear_kernels(dtype, index)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _define(schema: str, kernel: Any, fake: Any) -> None:

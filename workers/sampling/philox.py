@@ -12,14 +12,14 @@ Shape suffixes: R rows, W words (4 of a counter, 2 of a key), 2 a pair of words.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from workers.kernels.triton_found import has_triton
 
 #: Multipliers and Weyl constants of Philox-4x32, and its recommended number of rounds.
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -86,7 +86,7 @@ def philox_uniform(seed_R: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
     Returns:
         float64 [R], multiples of 2**-53.
     """
-    if index_R.is_cuda and not torch.compiler.is_compiling() and _has_triton():
+    if index_R.is_cuda and not torch.compiler.is_compiling() and has_triton():
         from workers.sampling.philox_triton import uniform
 
         return uniform(seed_R.contiguous(), index_R.contiguous())
@@ -96,8 +96,3 @@ def philox_uniform(seed_R: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
     bits_RW = philox_4x32(counter_RW, key_R2)
     mantissa_R = (bits_RW[:, 0] << 21) | (bits_RW[:, 1] >> 11)
     return mantissa_R.to(torch.float64) * 2.0**-53
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

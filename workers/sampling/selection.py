@@ -11,10 +11,9 @@ C candidates.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
+
+from workers.kernels.triton_found import has_triton
 
 #: Tokens per block.
 BLOCK_SIZE = 128
@@ -29,7 +28,7 @@ def split_blocks(x_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def first_argmax(x_RV: torch.Tensor) -> torch.Tensor:
     """int64 [R]: index of the largest value; the first of equal ones."""
-    if x_RV.is_cuda and _has_triton():
+    if x_RV.is_cuda and has_triton():
         from workers.sampling.argmax_triton import argmax
 
         return argmax(x_RV)
@@ -43,11 +42,6 @@ def first_argmax(x_RV: torch.Tensor) -> torch.Tensor:
     first_R1 = maxima_RN.argmax(dim=-1, keepdim=True) * BLOCK_SIZE
     ids_RB = (first_R1 + torch.arange(BLOCK_SIZE, device=x_RV.device)).clamp(max=x_RV.shape[1] - 1)
     return ids_RB.gather(1, x_RV.gather(1, ids_RB).argmax(dim=-1, keepdim=True)).squeeze(1)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def top_k(x_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
