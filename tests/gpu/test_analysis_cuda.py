@@ -33,7 +33,7 @@ def config() -> EngineConfig:
         model=str(tiny_checkpoint("llama")),
         dtype="bfloat16",
         device="cuda",
-        max_model_len=256,
+        max_model_len=512,
         max_num_seqs=8,
         max_num_batched_tokens=64,
         skip_tokenizer_init=True,

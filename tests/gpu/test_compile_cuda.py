@@ -199,8 +199,9 @@ def test_pieces_can_be_captured(piece_format: str, model: DecoderForCausalLM, fo
     args = list(batch(4).values())
     with torch.inference_mode(), set_forward_context(context()), torch.cuda.graph(graph):
         out = compiled(*args)
-    out.zero_()
-    graph.replay()
+    with torch.inference_mode():
+        out.zero_()
+        graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, expected)
 
@@ -253,7 +254,8 @@ def test_a_fresh_process_compiles_nothing(
     report = json.loads(process.stdout.splitlines()[-1])
     assert report["is_warm"]
     assert report["activity"] == {"dynamo_graphs": 0, "aot_graphs": 0, "inductor_graphs": 0}
-    assert not list((tmp_path / "triton").rglob("*.cubin")) or piece_format == "standalone"
     if piece_format == "aoti":
+        # Inductor's kernels are part of the package; what is left are our own, which an engine's bundle brings along.
+        assert not list((tmp_path / "triton").rglob("triton_*.cubin"))
         assert report["compilers"] == []
     assert report["sum"] == pytest.approx(run(cold, 5).float().sum().item(), rel=1e-3)

@@ -30,7 +30,7 @@ MAX_SEQS = 12
 TIE = 0.06
 
 
-def make_engine(*, mode: str, num_blocks: int = 200, **compilation: Any) -> Engine:
+def make_engine(*, mode: str, num_blocks: int = 200, attention: str = "auto", **compilation: Any) -> Engine:
     """A tiny Llama whose largest captured batch is below ``MAX_SEQS``."""
     return Engine(
         EngineConfig.create(
@@ -42,6 +42,7 @@ def make_engine(*, mode: str, num_blocks: int = 200, **compilation: Any) -> Engi
             max_num_batched_tokens=32,
             num_gpu_blocks_override=num_blocks,
             skip_tokenizer_init=True,
+            attention_backend=attention,
             artifacts={"store": None},
             compilation_config={
                 "piece_format": "fx",
@@ -116,6 +117,14 @@ def test_random_traffic_with_aborts(mode: str, seed: int) -> None:
     engine = make_engine(mode=mode)
     assert assert_equal_up_to_ties(traffic.run(engine), eager) > 250
     assert sum(engine.graph_report().replays.values()) > 0
+
+
+@pytest.mark.parametrize("mode", ["NONE", "PIECEWISE"])
+def test_attention_that_plans_from_what_is_on_the_device(mode: str) -> None:
+    """The reference backend reads lengths and block tables when it plans a step, before the step runs."""
+    traffic = Traffic(4, 40)
+    eager = traffic.run(make_engine(mode="NONE"))
+    assert assert_equal_up_to_ties(traffic.run(make_engine(mode=mode, attention="sdpa")), eager) > 250
 
 
 @pytest.mark.parametrize("mode", ["NONE", "FULL_AND_PIECEWISE"])

@@ -72,6 +72,16 @@ def test_a_new_node_gets_what_another_compiled(library: ArtifactLibrary, tmp_pat
     assert {path.name for path in first.folder.iterdir()} == {"HASH1", "HASH2", "HASH3"}
 
 
+def test_what_an_earlier_process_of_the_node_compiled_is_published_too(
+    library: ArtifactLibrary, tmp_path: Path
+) -> None:
+    compile_kernel(node(library, tmp_path / "one").folder, "HASH1")  # ended before it was idle
+    later = node(library, tmp_path / "one")
+    assert later.publish_new() is not None
+    later.wait_published()
+    assert [path.name for path in node(library, tmp_path / "two").folder.iterdir()] == ["HASH1"]
+
+
 def test_equal_kernels_are_equal_bytes_on_every_node(library: ArtifactLibrary, tmp_path: Path) -> None:
     for name in ("one", "two"):
         kernels = node(library, tmp_path / name)

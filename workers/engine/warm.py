@@ -94,6 +94,7 @@ def warm(
     on_progress("capturing every graph")
     while engine.use_idle_time():
         pass
+    runner.wait_shared()
     names = compilation.piece_formats(runner.device.type)
     formats = []
     for name in reversed(names):

@@ -108,7 +108,7 @@ class DecodeBatch:
         return self._commit(0, num_rows, np.zeros(num_rows, dtype=np.int32))
 
     def unpack(self, table_RF: torch.Tensor) -> None:
-        """Fill the buffers from a committed table; part of the captured step on CUDA, done before on a CPU."""
+        """Fill the buffers from a committed table: on CUDA, part of a full graph or before the step; on a CPU, done."""
         if self._is_cuda:
             unpack_decode(table_RF, self.buffers, self.block_size)
 

@@ -109,7 +109,8 @@ class DecodeGraphs:
 
     def _step(self, table_RF: torch.Tensor, plan: SamplingPlan) -> tuple[torch.Tensor, SamplerOutput]:
         num_rows, buffers = len(table_RF), self._batch.buffers
-        self._batch.unpack(table_RF)
+        if get_forward_context().cudagraph_runtime_mode is CUDAGraphMode.FULL:
+            self._batch.unpack(table_RF)
         logits_RV = self._logits(buffers.input_ids_R[:num_rows], buffers.positions_R[:num_rows])
         return logits_RV, self._sample(logits_RV, plan)
 

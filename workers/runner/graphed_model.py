@@ -166,7 +166,7 @@ class GraphedModel:
         self, inputs: DecodeInputs, plan: SamplingPlan, mode: CUDAGraphMode, descriptor: BatchDescriptor
     ) -> tuple[torch.Tensor, LogprobsTensors | None]:
         """Run and sample a prepared decode step; see :class:`DecodeGraphs`."""
-        with self._context(inputs.geometry, mode, descriptor):
+        with self._decode_context(inputs, mode, descriptor):
             return self._decode(inputs.table_RF, plan, inputs.num_reqs)
 
     def capture_first_set(self) -> None:
@@ -282,6 +282,14 @@ class GraphedModel:
         metadata = self._attn_backend.build_metadata(geometry)
         return set_forward_context(ForwardContext(self._attn_backend, metadata, self._kv_caches, mode, descriptor))
 
+    def _decode_context(
+        self, inputs: DecodeInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor
+    ) -> AbstractContextManager[ForwardContext]:
+        """The table is unpacked by the graph, or else now: an attention backend may read the buffers when it plans."""
+        if mode is not CUDAGraphMode.FULL:
+            self._decode_batch.unpack(inputs.table_RF)
+        return self._context(inputs.geometry, mode, descriptor)
+
     def _run_dummy(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
         if descriptor.uniform:
             self._run_dummy_decode(mode, descriptor, GREEDY_PLAN)
@@ -290,7 +298,7 @@ class GraphedModel:
 
     def _run_dummy_decode(self, mode: CUDAGraphMode, descriptor: BatchDescriptor, plan: SamplingPlan) -> None:
         inputs = self._decode_batch.prepare_dummy(descriptor.num_tokens)
-        with self._context(inputs.geometry, mode, descriptor):
+        with self._decode_context(inputs, mode, descriptor):
             self._decode.capture(inputs.table_RF, plan)
 
     def _capture_wanted(self) -> bool:

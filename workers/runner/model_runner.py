@@ -248,6 +248,11 @@ class ModelRunner:
         if self._background is not None and not self._serving.is_temporary:
             self._background.start()
 
+    def wait_shared(self) -> None:
+        """Return when what an idle moment began to share lies in the store, pieces of other formats excepted."""
+        if self._triton_kernels is not None:
+            self._triton_kernels.wait_published()
+
     @property
     def _graphs(self) -> GraphedModel:
         return self._serving.graphs

@@ -47,7 +47,8 @@ class TritonKernels:
         self.folder = (root or artifacts_root() / "triton") / key.digest[:32]
         self._library = library
         self._key = key
-        self._known: frozenset[str] = frozenset()
+        self._published: frozenset[str] = frozenset()
+        self._publishing: threading.Thread | None = None
 
     def restore(self) -> int:
         """Point Triton at the folder, and put there what was published; returns the number of kernels' folders added.
@@ -70,18 +71,22 @@ class TritonKernels:
                 num_added = self._unpack(self._library.read(bundle, entry))
             except (ArtifactError, OSError) as error:
                 logger.warning("Triton's kernels are compiled again: %s", error)
-        self._known = self._compiled()
         return num_added
 
     def publish_new(self) -> threading.Thread | None:
-        """Publish, on a thread, if anything was compiled since the last time; the thread, if there is one."""
+        """Publish, on a thread, if the node has kernels that nobody published; the thread, if there is one."""
         compiled = self._compiled() if os.environ.get(_VARIABLE) == str(self.folder) else frozenset()
-        if compiled <= self._known:
+        if compiled <= self._published:
             return None
-        self._known = compiled
-        thread = threading.Thread(target=self.publish, name="publish-triton-kernels", daemon=True)
-        thread.start()
-        return thread
+        self._published = compiled
+        self._publishing = threading.Thread(target=self.publish, name="publish-triton-kernels", daemon=True)
+        self._publishing.start()
+        return self._publishing
+
+    def wait_published(self) -> None:
+        """Return when :meth:`publish_new`'s thread is done."""
+        if self._publishing is not None:
+            self._publishing.join()
 
     def publish(self) -> bool:
         """Put the folder beside the pieces; whether the library took it."""
@@ -109,11 +114,12 @@ class TritonKernels:
 
     def _unpack(self, data: bytes) -> int:
         """Add folders that are not there; each appears whole or not at all."""
-        num_added = 0
+        num_added, names = 0, set()
         with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=".unpacking-") as scratch:
             unpack(data, Path(scratch) / "files", self._library.config.max_unpacked_bytes)
             for source in sorted((Path(scratch) / "files").iterdir()):
                 target = self.folder / source.name
+                names.add(source.name)
                 if target.exists():
                     continue
                 for path in source.glob(f"{_GROUP_PREFIX}*"):
@@ -124,4 +130,5 @@ class TritonKernels:
                 except OSError:
                     # Another process of this node was faster.
                     shutil.rmtree(source, ignore_errors=True)
+        self._published = frozenset(names)
         return num_added
