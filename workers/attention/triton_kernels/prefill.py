@@ -78,17 +78,18 @@ def attend_tiles(
         else:
             k = tl.load(keys)
             v = tl.load(keys + PLANE)
-        scores = tl.dot(q, tl.trans(k)) * QK_SCALE
+        scores = tl.dot(q, tl.trans(k))
         if MASKED:
             visible = valid[None, :] & (positions[None, :] <= query_positions[:, None])
             if WINDOW > 0:
                 visible = visible & (positions[None, :] > query_positions[:, None] - WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(running_max, tl.max(scores, 1))
+        new_max = tl.maximum(running_max, tl.max(scores, 1) * QK_SCALE)
         safe_max = new_max
         if WINDOW > 0:  # a row may not have met its first visible key yet
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - safe_max[:, None])
+        # Scaled here, not above: one fused multiply-add per score.
+        weights = tl.exp2(scores * QK_SCALE - safe_max[:, None])
         rescale = tl.exp2(running_max - safe_max)
         running_sum = running_sum * rescale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None])
