@@ -30,6 +30,8 @@ from typing import Any
 _PHASES = ("cold", "warm-remote", "warm-local", "after-sigkill", "scale-up")
 #: Printed by a child before its JSON; what else libraries print does not matter.
 _MARK = "startup-result "
+#: Of the device's memory, for each of three replicas beside one another.
+_SHARE = 0.3
 
 
 def main() -> None:
@@ -214,7 +216,7 @@ def _scale_up(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="wg-", ignore_cleanup_errors=True) as ray_dir:
         num_gpus = 1 if args.device != "cpu" else 0
         ray.init(num_cpus=4, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False, _temp_dir=ray_dir)
-        options = _options(args) | {"gpu_memory_utilization": 0.3}
+        options = _options(args) | {"gpu_memory_utilization": _SHARE}
 
         class Replica:
             """An engine in a process of its own."""

@@ -171,7 +171,8 @@ class EngineConfig(pydantic.BaseModel):
         max_model_len: Longest prompt plus output, in tokens; None takes the model's.
         block_size: Tokens per KV block.
         num_gpu_blocks_override: KV blocks (of the device in use, CPU included) instead of sizing by memory.
-        gpu_memory_utilization: Share of the device's memory for weights, activations and KV cache (CUDA).
+        gpu_memory_utilization: Share of the device's memory for weights, activations and KV cache (CUDA); this
+            engine's alone, whoever else is on the device.
         kv_cache_memory_bytes: Memory for the KV cache instead of sizing by ``gpu_memory_utilization``; on a
             CPU the default is 1 GiB, or the size of ``max_num_seqs`` full contexts if that is less.
         enable_prefix_caching: Reuse the KV of full blocks that an earlier request computed.

@@ -19,13 +19,24 @@ KEY = BundleKey(graph={"model": "a"}, capture={}, runtime={})
 
 
 def test_the_cache_gets_what_is_left_of_the_share() -> None:
-    # 20 of 80 GiB are in use; the engine may fill 72, so 52 are left, and 3 are spoken for.
-    assert kv_cache_bytes(0.9, 80 * GIB, 60 * GIB, PLAN) == 49 * GIB
+    # 16 GiB of weights and 1 of the process; the engine may fill 72, so 55 are left, and 3 are spoken for.
+    assert kv_cache_bytes(0.9, 80 * GIB, 63 * GIB, 16 * GIB, PLAN) == 52 * GIB
+
+
+def test_what_others_use_is_not_taken_from_the_share() -> None:
+    # Another engine fills 36 GiB; this one may fill as much.
+    alone = kv_cache_bytes(0.45, 80 * GIB, 63 * GIB, 16 * GIB, PLAN)
+    assert kv_cache_bytes(0.45, 80 * GIB, 27 * GIB, 16 * GIB, PLAN) == alone == 16 * GIB
 
 
 def test_a_share_that_leaves_nothing_says_what_to_change() -> None:
-    with pytest.raises(ConfigError, match="raise it, free the device, or lower max_num_batched_tokens"):
-        kv_cache_bytes(0.27, 80 * GIB, 60 * GIB, PLAN)
+    with pytest.raises(ConfigError, match="raise it, or lower max_num_batched_tokens"):
+        kv_cache_bytes(0.2, 80 * GIB, 63 * GIB, 16 * GIB, PLAN)
+
+
+def test_a_device_that_others_fill_is_reported_before_it_runs_out() -> None:
+    with pytest.raises(ConfigError, match=r"only 27\.0 of 80\.0 GiB are free .* lower it, or free the device"):
+        kv_cache_bytes(0.9, 80 * GIB, 27 * GIB, 16 * GIB, PLAN)
 
 
 def test_a_plan_survives_being_written() -> None:

@@ -51,7 +51,8 @@ class DeviceMemory:
         if self._device.type == "cuda" and not is_sized_by_config:
             self._plan = self._kept_or_measured(model, backend)
             free, total = self._free_and_total()
-            available = kv_cache_bytes(config.gpu_memory_utilization, total, free, self._plan)
+            own = torch.cuda.memory_allocated(self._device)
+            available = kv_cache_bytes(config.gpu_memory_utilization, total, free, own, self._plan)
         per_block = kv_cache.block_bytes(backend, model.config.num_hidden_layers)
         return kv_cache.plan_num_blocks(config, per_block, max_model_len, available)
 

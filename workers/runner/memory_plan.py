@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 #: Set aside for captured graphs before anybody has measured them: what 90 graphs of a 1B or 8B Llama take, doubled.
 UNMEASURED_GRAPH_BYTES = 512 << 20
+#: What a process takes of a device outside PyTorch's allocator: the driver's context, libraries, loaded kernels.
+#: A generous guess, since beside other processes it cannot be measured.
+PROCESS_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,28 +67,39 @@ class MemoryPlan:
         return free_bytes >= self.free_bytes
 
 
-def kv_cache_bytes(utilization: float, total: int, free: int, plan: MemoryPlan) -> int:
-    """What is left for the KV cache once everything that lives on the device is taken from its share.
+def kv_cache_bytes(utilization: float, total: int, free: int, own: int, plan: MemoryPlan) -> int:
+    """What is left for the KV cache once everything else that the engine keeps on the device is taken from its share.
+
+    A share is the engine's alone, whoever else is on the device: two engines with 0.45 each fit beside one another, in
+    whatever order they start. The meaning is vLLM's.
 
     Args:
-        utilization: Share of the device's memory that the engine may fill, others' use counted in.
+        utilization: Share of the device's memory that the engine may fill.
         total: The device's memory, in bytes.
         free: Of it, with the weights loaded; memory that is cached for reuse counts as free.
+        own: What the engine has allocated, in bytes: its weights. What its process takes besides is estimated.
 
     Raises:
-        ConfigError: The share leaves nothing; says what to change.
+        ConfigError: The share leaves nothing, or others left less of the device than the share; says what to change.
     """
-    used = total - free
-    available = int(total * utilization) - used - plan.peak_activations - plan.graph_bytes
-    if available <= 0:
+    spoken_for = plan.peak_activations + plan.graph_bytes
+    share = int(total * utilization) - own - PROCESS_BYTES - spoken_for
+    step = f"the largest step {plan.peak_activations / 2**30:.1f} and captured graphs {plan.graph_bytes / 2**30:.1f}"
+    if share <= 0:
         raise ConfigError(
-            f"gpu_memory_utilization={utilization} leaves no memory for the KV cache: weights and others take "
-            f"{used / 2**30:.1f} of {total / 2**30:.1f} GiB, the largest step {plan.peak_activations / 2**30:.1f} and "
-            f"captured graphs {plan.graph_bytes / 2**30:.1f}; raise it, free the device, or lower "
+            f"gpu_memory_utilization={utilization} leaves no memory for the KV cache: of {total / 2**30:.1f} GiB, "
+            f"weights and the process take {(own + PROCESS_BYTES) / 2**30:.1f}, {step}; raise it, or lower "
             "max_num_batched_tokens or max_cudagraph_capture_size.",
             param="gpu_memory_utilization",
         )
-    return available
+    if share > free - spoken_for:
+        raise ConfigError(
+            f"gpu_memory_utilization={utilization} needs {(share + spoken_for) / 2**30:.1f} GiB beside the weights, "
+            f"and only {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free on the device ({step}); lower it, or "
+            "free the device.",
+            param="gpu_memory_utilization",
+        )
+    return share
 
 
 class MemoryPlanShelf:
