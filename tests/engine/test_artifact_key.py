@@ -55,7 +55,7 @@ COMPILATION_CHANGES: dict[str, Any] = {
     "mode": "DYNAMO_TRACE_ONCE",
     "compile_sizes": [4],
     "piece_format": "standalone",
-    "pass_config": {"residual_norm": False},
+    "pass_config": {"qk_rope": False},
     "inductor_compile_config": {"max_autotune": True},
     "inductor_compile_config_for_sizes": {"max_autotune": True},
     "cudagraph_mode": "NONE",
@@ -202,7 +202,7 @@ def test_sources_and_passes_count() -> None:
     digests = source_digests()
     assert {"workers/model/decoder.py", "workers/compile/split.py", "workers/attention/op.py"} <= digests.keys()
     assert all((ROOT / name).is_file() for name in digests)
-    assert set(key().graph["passes"]) == {"noop_elimination", "rope_kv_write", "qk_rope", "residual_norm"}
+    assert set(key().graph["passes"]) == {"noop_elimination", "rope_kv_write", "qk_rope"}
 
 
 def test_what_pieces_share_is_part_of_the_key() -> None:

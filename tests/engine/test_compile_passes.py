@@ -29,7 +29,7 @@ from workers.compile.plan import OpStep
 from workers.kernels import reference
 
 NUM_LAYERS = 3
-PASS_NAMES = ["noop_elimination", "rope_kv_write", "qk_rope", "residual_norm"]
+PASS_NAMES = ["noop_elimination", "rope_kv_write", "qk_rope"]
 ROPE_OPS = ("warmgraph::attention", "warmgraph::rope_attention")
 
 
@@ -40,7 +40,7 @@ def test_every_layer_of_every_architecture_matches(name: str, monkeypatch: pytes
     compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="fx")
     passes = dict(compiled.report.passes)
     assert passes.pop("noop_elimination") > 0
-    assert passes == {"rope_kv_write": 0, "qk_rope": NUM_LAYERS, "residual_norm": 2 * NUM_LAYERS}
+    assert passes == {"rope_kv_write": 0, "qk_rope": NUM_LAYERS}
     assert_equals_eager(model, compiled)
 
 
@@ -74,7 +74,6 @@ def test_native_kernels_leave_nothing_to_fuse() -> None:
     assert {name: count for name, count in compiled.report.passes.items() if name != "noop_elimination"} == {
         "rope_kv_write": 0,
         "qk_rope": 0,
-        "residual_norm": 0,
     }
 
 
@@ -117,18 +116,6 @@ def test_rotating_all_heads_at_once_changes_no_bit(seed: int, has_norms: bool, d
     got = fused.rotate_qk(qkv_TN, (num_heads, num_kv_heads, head_dim), positions_T, cache_PD, norms, 1e-5)
     for expected_tensor, got_tensor in zip(expected, got, strict=True):
         torch.testing.assert_close(got_tensor, expected_tensor, atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_residual_norm_changes_no_bit(dtype: torch.dtype) -> None:
-    x, residual = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
-    weight = torch.linspace(-1, 2, 32).to(dtype)
-    for got, expected in zip(
-        fused.add_rms_norm(x, residual, weight, 1e-6),
-        reference.add_rms_norm(x, residual, weight, 1e-6),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, expected, atol=0, rtol=0)
 
 
 class _Scale(GraphPass):

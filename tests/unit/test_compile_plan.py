@@ -48,6 +48,24 @@ def test_a_plan_survives_json() -> None:
     assert Plan.from_json(make_plan().to_json()) == make_plan()
 
 
+def test_order_survives_json() -> None:
+    """Passes run in an order, pieces are called in one, and the most frequent operation comes first."""
+    plan = make_plan()
+    plan.passes = {"noop_elimination": 3, "rope_kv_write": 2, "qk_rope": 0, "another": 1}
+    plan.pieces = {key: plan.pieces[key] for key in ("last", "first")}
+    plan.pieces["first"].ops = {"mul": 5, "add": 2, "linear": 1, "cat": 1}
+    read = Plan.from_json(plan.to_json())
+    assert list(read.passes.items()) == list(plan.passes.items())
+    assert list(read.pieces) == ["last", "first"]
+    assert list(read.pieces["first"].ops) == ["mul", "add", "linear", "cat"]
+
+
+def test_equal_factors_make_equal_text() -> None:
+    plan, other = make_plan(), make_plan()
+    other.factors = dict(reversed(plan.factors.items()))
+    assert plan.to_json() == other.to_json()
+
+
 def test_a_format_counts_only_if_every_piece_has_it() -> None:
     plan = make_plan()
     assert plan.formats() == ["fx"]

@@ -1,7 +1,7 @@
-"""What fusion passes put in place of the model's operations: the same arithmetic, in a form that becomes one kernel.
+"""What a fusion pass puts in place of the model's operations: the same arithmetic, in a form that becomes one kernel.
 
-Plain torch on purpose: Inductor turns each of these into the kernel wanted, for every device and piece format, and a
-package needs no Python to run it. :mod:`workers.kernels.reference` says what is computed.
+Plain torch on purpose: Inductor turns it into the kernel wanted, for every device and piece format, and a package needs
+no Python to run it. :mod:`workers.kernels.reference` says what is computed.
 
 Shape suffixes: T = tokens, N = features, H = query heads, K = KV heads, J = H + K, D = head size, F = D / 2
 frequencies, P = positions.
@@ -12,18 +12,6 @@ from __future__ import annotations
 import torch
 
 from workers.kernels import reference
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`reference.add_rms_norm` with the sum written in fp32, as it is computed anyway.
-
-    A sum in the dtype of a matrix product would be made a part of that product (``addmm`` with a matrix as bias), which
-    costs a copy of the residual and leaves the norm a pass of its own.
-    """
-    new_residual = (x.float() + residual.float()).to(x.dtype)
-    return reference.rms_norm(new_residual, weight, eps), new_residual
 
 
 def rotate_qk(

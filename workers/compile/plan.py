@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
+from workers.artifacts.digest import canonical_json
 from workers.compile.errors import PlanMismatchError
 
 #: Raise it whenever a plan of the previous code would be misread.
@@ -93,7 +94,7 @@ class PieceRecord:
     """A unique piece. With its source, its build in the format ``fx``, it can be built in any format.
 
     Attributes:
-        ops: Number of calls of each operation in it.
+        ops: Number of calls of each operation in it, most frequent first.
         inputs: What it takes.
         builds: Its compiled forms.
     """
@@ -119,8 +120,8 @@ class Plan:
         steps: In execution order.
         results: What ``forward`` returns, flattened.
         returns_tuple: Whether it returns a tuple.
-        pieces: Unique pieces by key.
-        passes: Matches of each fusion pass.
+        pieces: Unique pieces by key, in the order of their first call.
+        passes: Matches of each fusion pass, in the order in which they ran.
         trace_seconds: What the Dynamo trace took.
     """
 
@@ -161,8 +162,9 @@ class Plan:
             raise PlanMismatchError(f"The plan was compiled for another model: {'; '.join(problems[:3])}{more}.")
 
     def to_json(self) -> str:
-        """The plan as text."""
-        return json.dumps({"version": PLAN_VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        """The plan as text. Passes, pieces and operations keep their order, which says something; factors have none."""
+        fields = {"version": PLAN_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(fields | {"factors": json.loads(canonical_json(self.factors))})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from workers.compile.passes.manager import PassManager
 from workers.compile.passes.noop import NoopElimination
 from workers.compile.passes.qk_rope import QkRope
-from workers.compile.passes.residual_norm import ResidualNorm
 from workers.compile.passes.rope_kv_write import RopeKvWrite
 
 
@@ -19,4 +18,4 @@ def standard_passes(switches: Mapping[str, bool] | None = None, splitting_ops: S
         splitting_ops: Of the attention backend, which may want more in its op than attention.
     """
     # What attention does not rotate itself, QkRope makes one kernel of.
-    return PassManager([NoopElimination(), RopeKvWrite(splitting_ops), QkRope(), ResidualNorm()], switches)
+    return PassManager([NoopElimination(), RopeKvWrite(splitting_ops), QkRope()], switches)
