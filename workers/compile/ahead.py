@@ -13,9 +13,10 @@ import torch
 from workers.artifacts.errors import RefusedError, StoreError
 from workers.artifacts.key import BundleKey
 from workers.artifacts.library import ArtifactLibrary
+from workers.compile.check_process import is_wanted, not_needed
 from workers.compile.errors import CompileError
 from workers.compile.prefetch import prefetch_compiler
-from workers.compile.self_check import check_on_node, is_wanted
+from workers.compile.self_check import check_on_node
 from workers.compile.stored import StoredPieces
 from workers.config import CompilationConfig
 from workers.startup.account import StartupAccount
@@ -41,6 +42,7 @@ def get_pieces_ahead(
         if needed == "standalone" or (needed == "aoti" and pieces is None):
             prefetch_compiler()
         if pieces is None:
+            not_needed()
             return
         with account.phase("fetch, verify") as phase:
             pieces.fetch(sizes)

@@ -18,6 +18,7 @@ from workers.artifacts.errors import Refusal, RefusedError, StoreError
 from workers.artifacts.key import BundleKey
 from workers.artifacts.library import ArtifactLibrary, Outcome
 from workers.compile import torch_compat
+from workers.compile.check_process import is_wanted
 from workers.compile.compilation import BuildFlight, PieceCompilation, build_alone
 from workers.compile.counters import CompileCounters
 from workers.compile.decorator import dynamic_arg_dims
@@ -28,7 +29,7 @@ from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
 from workers.compile.probes import runs_right
-from workers.compile.self_check import check_on_node, is_wanted, note_built_here
+from workers.compile.self_check import check_on_node, note_built_here
 from workers.compile.stitch import WrapPiece
 from workers.compile.weights import weight_names
 from workers.config import CompilationConfig

@@ -3,7 +3,8 @@
 Code that crashes, hangs or computes nonsense must not take the engine with it. The check costs a process that imports
 torch, and the compiler where the format needs it, so it is made once on each node for a set of builds; the verdict is
 kept in the user's artifact folder. What cannot be decided (no memory left for a second process, say) is not held
-against the pieces. Knows processes and verdicts; what is run in the child is in workers.compile.self_check_child.
+against the pieces. Knows verdicts; the process is :mod:`workers.compile.check_process`'s, and what runs in it
+:mod:`workers.compile.self_check_child`'s.
 """
 
 from __future__ import annotations
@@ -11,19 +12,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from workers.artifacts.digest import canonical_json, sha256
 from workers.checkpoint.cache import artifacts_root
+from workers.compile.check_process import check_process, not_needed
 from workers.compile.errors import SelfCheckError
 from workers.compile.piece_set import PieceSet
-from workers.config import ArtifactConfig
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +32,11 @@ FAILED = "failed"
 #: Before the digest of the build that it begins with.
 TRYING = "trying "
 
+#: Variables that an engine sets after the child may have begun: where its compiled kernels lie.
+_CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
 #: Modules that may define operators which pieces call, by the beginning of their names.
 _OPERATOR_PACKAGES = ("workers.kernels", "workers.attention")
-
-_CHILD = "workers.compile.self_check_child"
-
-_POLL_S = 0.02
-#: Longest time that the child may take until it has imported what it needs.
-_IMPORT_TIMEOUT_S = 300.0
-
-
-def is_wanted(config: ArtifactConfig) -> bool:
-    """Whether pieces are checked: not where nothing comes from a store."""
-    return config.store is not None and config.self_check != "off"
 
 
 def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, timeout_s: float) -> bool:
@@ -65,6 +55,7 @@ def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, ti
     builds = pieces.builds(sizes)
     verdict = _verdict_file(pieces, sizes)
     if verdict.exists():
+        not_needed()
         return False
     with tempfile.TemporaryDirectory(prefix="warmgraph-check-") as name:
         folder = Path(name)
@@ -76,9 +67,12 @@ def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, ti
             (folder / build.sha256).write_bytes(pieces.blobs[build.sha256])
             work.append({"piece": key, "size": size, "file": build.sha256})
         modules = sorted(module for module in sys.modules if module.startswith(_OPERATOR_PACKAGES))
-        request = {"format": pieces.piece_format, "device": device, "work": work, "modules": modules}
+        caches = {name: os.environ[name] for name in _CACHES if name in os.environ}
+        request = {
+            "format": pieces.piece_format, "device": device, "work": work, "modules": modules, "environment": caches,
+        }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
-        has_passed = _run_child(folder, timeout_s)
+        has_passed = _run_child(folder, device, timeout_s)
     if has_passed:
         _keep(verdict)
     return True
@@ -115,25 +109,11 @@ def probes_file(size: int | None) -> str:
     return f"probes-{size or 'any'}.json"
 
 
-def _run_child(folder: Path, timeout_s: float) -> bool:
+def _run_child(folder: Path, device: str, timeout_s: float) -> bool:
     """Whether the pieces passed; False if the child could not tell."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"}
-    with (folder / "output").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", _CHILD, str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            status = _wait(process, folder, timeout_s)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    output_text = (folder / "output").read_text(errors="replace").strip()
+    with check_process(device) as process:
+        status = process.run(folder, timeout_s, lambda: LOADING in _states(folder))
+        output_text = process.output()
     states = _states(folder)
     last = states[-1] if states else ""
     if last == PASSED:
@@ -146,18 +126,6 @@ def _run_child(folder: Path, timeout_s: float) -> bool:
         raise SelfCheckError(last.removeprefix(f"{FAILED}: "), culprits)
     how = f"did not finish within {timeout_s:g} s" if status is None else f"ended with status {status}"
     raise SelfCheckError(f"The process that tried the pieces {how}. {_tail(output_text)}", culprits)
-
-
-def _wait(process: subprocess.Popen[bytes], folder: Path, timeout_s: float) -> int | None:
-    """The child's exit status; None if it did not end in time. Time counts from its first line of foreign code on."""
-    deadline_s, has_begun = time.monotonic() + _IMPORT_TIMEOUT_S, False
-    while time.monotonic() < deadline_s:
-        try:
-            return process.wait(_POLL_S)
-        except subprocess.TimeoutExpired:
-            if not has_begun and LOADING in _states(folder):
-                deadline_s, has_begun = time.monotonic() + timeout_s, True
-    return None
 
 
 def _states(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """The process that tries pieces: loads each, runs it on fixed inputs, compares. Started by workers.compile.self_check.
 
-Reads ``request.json`` in the folder that it is given, and appends to ``states`` how far it has come.
+Is told the device as its argument, and then on its standard input the folder with ``request.json``, beside which it
+writes to ``states`` how far it has come. Ends if nobody tells it any more.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from workers.compile.self_check import FAILED, LOADING, PASSED, TRYING, probes_f
 def main(folder: Path) -> None:
     """Try every piece of the request."""
     request = json.loads((folder / "request.json").read_text())
+    os.environ.update(request["environment"])
     for module in request["modules"]:
         importlib.import_module(module)
     device = torch.device(request["device"])
@@ -63,5 +65,12 @@ def _say(folder: Path, state: str) -> None:
         file.write(state + "\n")
 
 
+def _bring_up(device: torch.device) -> None:
+    if device.type == "cpu" or torch.cuda.is_available():
+        torch.empty(1, device=device)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    _bring_up(torch.device(sys.argv[1]))
+    if line := sys.stdin.readline().rstrip("\n"):
+        main(Path(line))

@@ -1,7 +1,7 @@
 """The whole start of an engine, from before torch is imported.
 
-Begins first what needs no torch and takes time by itself: the CUDA driver, reading ahead in the weights. Then imports
-the engine and makes it. Imports torch only when called.
+Begins first what needs no torch and takes time by itself: the CUDA driver, the process that tries stored pieces,
+reading ahead in the weights. Then imports the engine and makes it. Imports torch only when called.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from workers.checkpoint.readahead import read_ahead
 from workers.checkpoint.resolve import resolve_model
+from workers.compile.check_process import begun_early, note_started
 from workers.config import EngineConfig
 from workers.leases.base import LeaseService
 from workers.startup.account import StartupAccount
@@ -37,10 +38,14 @@ def start_engine(
     if index is not None and "torch" not in sys.modules:
         # Where torch has been imported the caller may have chosen another device with it.
         beside(account, "CUDA driver", functools.partial(initialize_driver, index))
-    with account.phase("read ahead") as phase:
-        folder = resolve_model(config.model)
-        if config.load_format != "dummy":
-            phase.num_bytes = read_ahead(folder)
-    with account.phase("imports"):
-        from workers.engine.engine import Engine
-    return Engine(config, account, leases=leases)
+    with begun_early(config):
+        with account.phase("read ahead") as phase:
+            folder = resolve_model(config.model)
+            if config.load_format != "dummy":
+                phase.num_bytes = read_ahead(folder)
+        with account.phase("imports"):
+            from workers.engine.engine import Engine
+        engine = Engine(config, account, leases=leases)
+    if engine.runner.artifact_warm:
+        note_started(config)
+    return engine

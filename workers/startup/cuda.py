@@ -20,6 +20,15 @@ def device_index(device: str) -> int | None:
     return int(index) if kind == "cuda" and index.isdigit() else None
 
 
+def has_driver() -> bool:
+    """Whether there is a CUDA driver on this machine."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def initialize_driver(index: int) -> bool:
     """Make the device's primary context; returns whether that went well."""
     try:
