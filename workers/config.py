@@ -14,6 +14,9 @@ import pydantic
 from workers.errors import ConfigError
 from workers.modes import CompilationMode, CUDAGraphMode
 
+#: Fields of CompilationConfig that only VLLM_COMPILE reads.
+_OF_PIECES = ("pass_config", "compile_sizes", "piece_format", "inductor_compile_config_for_sizes")
+
 
 class CompilationConfig(pydantic.BaseModel):
     """The compile and graph layers.
@@ -24,7 +27,7 @@ class CompilationConfig(pydantic.BaseModel):
         compile_sizes: Batch sizes, in tokens, for which every piece is compiled once more with fixed shapes.
         piece_format: How compiled pieces are kept and loaded. ``auto`` loads ``aoti`` pieces if they have been built,
             and otherwise takes what is ready first: ``standalone`` on CUDA, and on a CPU ``fx``, which runs pieces as
-            they are, without a compiler.
+            they are, without a compiler, and so takes no Inductor options.
         pass_config: Fusion passes by name, on or off; those not named are on.
         inductor_compile_config: Options of ``torch._inductor.config``, by name.
         inductor_compile_config_for_sizes: Options on top of them for the pieces of ``compile_sizes``, tuning say
@@ -68,6 +71,15 @@ class CompilationConfig(pydantic.BaseModel):
             return self.mode
         return CompilationMode.VLLM_COMPILE if device_type == "cuda" else CompilationMode.NONE
 
+    def without_effect(self, mode: CompilationMode) -> list[str]:
+        """Settings that were changed and that ``mode`` does not read."""
+        unread = {
+            CompilationMode.NONE: (*_OF_PIECES, "inductor_compile_config"),
+            CompilationMode.VLLM_COMPILE: () if self.compile_sizes else ("inductor_compile_config_for_sizes",),
+        }
+        defaults = type(self).model_fields
+        return [name for name in unread.get(mode, _OF_PIECES) if getattr(self, name) != defaults[name].default]
+
     def all_sizes(self) -> list[int | None]:
         """Batch sizes that pieces are built for: None, which stands for every size, and ``compile_sizes``."""
         return [None, *sorted(set(self.compile_sizes))]
@@ -77,6 +89,15 @@ class CompilationConfig(pydantic.BaseModel):
         if self.piece_format != "auto":
             return (self.piece_format,)
         return ("aoti", "standalone") if device_type == "cuda" else ("aoti", "fx")
+
+    @pydantic.model_validator(mode="after")
+    def _fx_takes_no_options(self) -> Self:
+        if self.piece_format == "fx" and (self.inductor_compile_config or self.inductor_compile_config_for_sizes):
+            raise ValueError(
+                "piece_format fx runs pieces as they are and takes no Inductor options; use standalone or aoti,"
+                " or remove inductor_compile_config and inductor_compile_config_for_sizes"
+            )
+        return self
 
     @pydantic.field_validator("mode", mode="before")
     @classmethod

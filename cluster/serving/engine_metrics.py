@@ -63,6 +63,20 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         "Models that run eagerly because a build failed or was wrong.",
         lambda s: s.artifacts.num_eager_starts,
     ),
+    "warmgraph_compile_graph_breaks": (
+        "Traces that failed because the model is not one graph.",
+        lambda s: s.compilation.num_graph_breaks,
+    ),
+    "warmgraph_compile_recompiles_refused": (
+        "Batches that would have needed a compilation after start, and got an error.",
+        lambda s: s.compilation.num_recompiles_refused,
+    ),
+    "warmgraph_compile_traces": ("Traces of a model by Dynamo.", lambda s: s.compilation.num_traces),
+    "warmgraph_compile_builds": (
+        "Programs and pieces that went through a compiler.",
+        lambda s: s.compilation.num_compiled,
+    ),
+    "warmgraph_compile_loads": ("Compiled pieces loaded.", lambda s: s.compilation.num_loaded),
 }
 #: Metric name -> (help, label, counts by the label's value).
 _LABELLED_COUNTERS: dict[str, tuple[str, str, Callable[[EngineStats], Mapping[str, int]]]] = {

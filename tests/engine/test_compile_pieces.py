@@ -27,6 +27,7 @@ from workers.artifacts.library import ArtifactLibrary
 from workers.artifacts.names import blob_name
 from workers.compile import PieceInfo, compile_model, support_torch_compile
 from workers.compile.compiler import SplitModel, split_model
+from workers.compile.counters import CompileCounters
 from workers.compile.errors import (
     BuildFailedError,
     CompileError,
@@ -150,12 +151,40 @@ class _Breaks(nn.Module):
 
 @pytest.mark.parametrize("mode", ["STOCK_TORCH_COMPILE", "DYNAMO_TRACE_ONCE", "VLLM_COMPILE"])
 def test_a_graph_break_names_its_line(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    counters = CompileCounters()
     with (
         caplog.at_level("ERROR", logger="workers.compile"),
         pytest.raises(GraphBreakError, match=r"test_compile_pieces\.py:\d+ \(if x_TE\.sum\(\) > 0:") as error,
     ):
-        compile_model(_Breaks(), CompilationConfig(mode=mode), {"x_TE": mixing_inputs()})
+        compile_model(_Breaks(), CompilationConfig(mode=mode), {"x_TE": mixing_inputs()}, counters=counters)
+    assert (counters.num_graph_breaks, counters.num_traces) == (1, 0)
     assert str(error.value) in [record.message for record in caplog.records if record.name == "workers.compile.trace"]
+
+
+@support_torch_compile
+class _BreaksLater(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_odd = False
+
+    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        if self.is_odd and x_TE.sum() > 0:  # the line that breaks
+            return x_TE
+        return x_TE + 1
+
+
+@torch.inference_mode()
+def test_a_graph_break_while_serving_names_its_line() -> None:
+    """A guard fails, and what would be compiled instead is not one graph."""
+    model, counters = _BreaksLater(), CompileCounters()
+    config = CompilationConfig(mode="STOCK_TORCH_COMPILE")
+    compiled = compile_model(model, config, {"x_TE": mixing_inputs()}, counters=counters)
+    model.is_odd = True
+    with pytest.raises(GraphBreakError, match=r"test_compile_pieces\.py:\d+ \(if self.is_odd and x_TE"):
+        compiled(mixing_inputs())
+    assert (counters.num_graph_breaks, counters.num_traces, counters.num_recompiles_refused) == (1, 1, 0)
+    model.is_odd = False
+    torch.testing.assert_close(compiled(mixing_inputs()), mixing_inputs() + 1)
 
 
 @support_torch_compile
@@ -276,12 +305,12 @@ def test_what_a_start_does_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPa
 def test_what_compiled_code_depends_on_is_part_of_the_key() -> None:
     library, model = ArtifactLibrary.in_memory(), MixingModel(2)
     compile_mixing(model, library=library)
+    assert not compile_mixing(model, library=library, pass_config={"noop_elimination": False}).report.is_warm
     for changed in (
-        {"pass_config": {"noop_elimination": False}},
         {"inductor_compile_config": {"shape_padding": True}},
         {"inductor_compile_config_for_sizes": {"max_autotune": True}},
     ):
-        assert not compile_mixing(model, library=library, **changed).report.is_warm
+        assert not compile_mixing(model, library=library, piece_format="auto", **changed).report.is_warm
     # Sizes add builds to the plan.
     assert not compile_mixing(model, library=library, compile_sizes=[4]).report.is_warm
     assert compile_mixing(model, library=library, compile_sizes=[4]).report.is_warm
@@ -342,3 +371,15 @@ def test_pieces_of_another_model_are_taken_over() -> None:
     assert (deep.counters.num_compiled, deep.counters.num_shared) == (0, 3)
     torch.testing.assert_close(deep(mixing_inputs()), MixingModel(5)(mixing_inputs()))
     assert len(library.store.list("blobs/")) == 3 + 1 + 2  # pieces and what they give are shared, plans are not
+
+
+def test_options_that_nothing_reads_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    options = {"inductor_compile_config": {"shape_padding": True}}
+    compile_mixing(MixingModel(1), piece_format="auto", **options)
+    assert "fx pieces run as they are: Inductor options are for the formats that are built later" in caplog.text
+    compile_mixing(MixingModel(1), mode="NONE", piece_format="auto", **options)
+    assert "compilation mode NONE takes no notice of inductor_compile_config" in caplog.text
+    caplog.clear()
+    compile_mixing(MixingModel(1), compile_sizes=[1])
+    assert "no notice" not in caplog.text
+    assert "run as they are" not in caplog.text

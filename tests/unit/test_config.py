@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from cluster.config import DeploymentConfig
-from workers.config import EngineConfig
+from workers.config import CompilationConfig, EngineConfig
 from workers.errors import ConfigError
+from workers.modes import CompilationMode
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = {"models": [{"name": "m", "engine": {"model": "some/model"}}]}
@@ -94,3 +95,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_engine_config_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size: unknown key"):
         EngineConfig.create(model="m", tensor_parallel_size=2)
+
+
+def test_options_that_a_format_does_not_take_are_refused() -> None:
+    options = {"max_autotune": True}
+    for name in ("inductor_compile_config", "inductor_compile_config_for_sizes"):
+        with pytest.raises(ConfigError, match="compilation_config: piece_format fx runs pieces as they are"):
+            EngineConfig.create(model="m", compilation_config={"piece_format": "fx", name: options})
+        EngineConfig.create(model="m", compilation_config={"piece_format": "auto", name: options})
+
+
+def test_settings_that_a_mode_does_not_read_are_known() -> None:
+    config = CompilationConfig(compile_sizes=[1], pass_config={"qk_rope": False}, inductor_compile_config={"a": 1})
+    assert config.without_effect(CompilationMode.VLLM_COMPILE) == []
+    assert config.without_effect(CompilationMode.DYNAMO_TRACE_ONCE) == ["pass_config", "compile_sizes"]
+    assert "inductor_compile_config" in config.without_effect(CompilationMode.NONE)
+    of_sizes = CompilationConfig(inductor_compile_config_for_sizes={"a": 1})
+    assert of_sizes.without_effect(CompilationMode.VLLM_COMPILE) == ["inductor_compile_config_for_sizes"]

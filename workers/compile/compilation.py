@@ -148,6 +148,7 @@ class PieceCompilation:
             splitting_ops=self._splitting_ops,
             passes=standard_passes(self._config.pass_config, self._splitting_ops),
             factors=self.key.graph,
+            counters=self._counters,
         )
 
     def stored_plan(self) -> Plan | None:
@@ -162,9 +163,10 @@ class PieceCompilation:
         options, size_options = inductor_options(self._config), self._config.inductor_compile_config_for_sizes
         if piece_format != "fx":
             torch_compat.check_inductor_options([*options, *(size_options or ())])
+        elif self._config.inductor_compile_config or size_options:
+            logger.warning("fx pieces run as they are: Inductor options are for the formats that are built later")
         with self._account.phase("trace"):
             split = self.split()
-        self._counters.num_traces += 1
         # Read after the trace: another process may have added builds meanwhile.
         stored, lookup = self._stored.read()
         pieces = PieceSet(split.plan, piece_format, self.library, lookup.bundle if stored else None)

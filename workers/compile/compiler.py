@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from workers.artifacts.digest import sha256
 from workers.compile.canonical import input_specs, operation_counts, piece_key, size_text
+from workers.compile.counters import CompileCounters
 from workers.compile.formats.base import PieceFormat
 from workers.compile.formats.fx_code import source_of
 from workers.compile.passes.manager import PassManager
@@ -54,6 +55,7 @@ def split_model(
     splitting_ops: Collection[str],
     passes: PassManager,
     factors: Mapping[str, Any],
+    counters: CompileCounters | None = None,
 ) -> SplitModel:
     """Trace a model once and cut it into unique pieces; compiles nothing.
 
@@ -62,11 +64,12 @@ def split_model(
         dims: The dynamic dimension of each argument.
         splitting_ops: Qualified names of the ops to cut at.
         factors: For the plan.
+        counters: Counts traces and graph breaks.
 
     Raises:
         GraphBreakError: The model is not one graph.
     """
-    traced = trace(model, example_args, dims)
+    traced = trace(model, example_args, dims, counters)
     matches = passes.run(traced.graph.graph)
     parts = split(traced.graph.graph, splitting_ops)
     graphs: dict[str, fx.GraphModule] = {}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Self
 
 
 @dataclasses.dataclass(slots=True)
 class CompileCounters:
-    """Of one compiled model.
+    """Of one engine, whatever forms of its model it makes.
 
     Attributes:
         num_traces: Dynamo traces.
         num_compiled: Programs or pieces that went through a compiler.
         num_shared: Pieces that were taken over from bundles of other models instead of compiled.
         num_loaded: Pieces loaded.
+        num_graph_breaks: Traces that failed because the model is not one graph, at the start or while serving.
         num_recompiles_refused: Batches that would have needed a compilation after start, and got an error.
     """
 
@@ -22,7 +24,12 @@ class CompileCounters:
     num_compiled: int = 0
     num_shared: int = 0
     num_loaded: int = 0
+    num_graph_breaks: int = 0
     num_recompiles_refused: int = 0
+
+    def snapshot(self) -> Self:
+        """A copy that stays as it is."""
+        return dataclasses.replace(self)
 
 
 def compiler_activity() -> dict[str, int]:

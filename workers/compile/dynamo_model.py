@@ -35,7 +35,7 @@ class DynamoModel:
         keeps_guards: Whether Dynamo goes on checking what it assumed (stock), or not (trace once). Without guards
             nothing but the sizes of ``dims`` may vary, which is checked here.
         options: Inductor options.
-        counters: Counts traces and refused recompiles.
+        counters: Counts traces, graph breaks and refused recompiles.
 
     Raises:
         GraphBreakError: The model does not trace into one graph.
@@ -64,7 +64,7 @@ class DynamoModel:
         with torch.inference_mode(), set_forward_context(ForwardContext(None, None, ())):
             # Without guards one token takes the code of many. With them it would not, unless nothing is assumed.
             size = None if keeps_guards else TYPICAL_SIZE
-            run_dynamo(self._compiled, example_copies(example_args, dims, size=size))
+            run_dynamo(self._compiled, example_copies(example_args, dims, size=size), counters)
         self._is_started = True
         specs = [_spec(name, example_args[name], dim) for name, dim in dims.items()]
         self._check = None if keeps_guards else ArgumentCheck(specs, list(dims.values()), self._where, counters)
@@ -75,11 +75,12 @@ class DynamoModel:
 
         Raises:
             RecompileError: The batch would have to be compiled for.
+            GraphBreakError: The same, and the model would not even trace for it.
         """
         if self._check is not None:
             self._check.size(args)
         try:
-            return self._compiled(*args)
+            return run_dynamo(self._compiled, args, self._counters)
         except Exception as error:
             refused = _find(error, RecompileError)
             if refused is None:
@@ -103,7 +104,8 @@ class DynamoModel:
         return compiled
 
     def _note_guard(self, reason: str) -> None:
-        self._failed_guard = reason
+        # The lines after the first are a stack of the model's code.
+        self._failed_guard = reason.partition("\n")[0]
 
 
 def _spec(name: str, example: torch.Tensor, dim: int) -> TensorSpec:

@@ -111,6 +111,7 @@ def compile_model(
     key: BundleKey | None = None,
     flight: BuildFlight = build_alone,
     account: StartupAccount | None = None,
+    counters: CompileCounters | None = None,
 ) -> CompiledModel:
     """Compile a model as the config says, or load what an earlier process compiled.
 
@@ -126,6 +127,7 @@ def compile_model(
             model and so suffices in memory only.
         flight: Decides who of several processes builds.
         account: Where a start is written down (VLLM_COMPILE).
+        counters: Of the engine; None makes some for this model alone.
 
     Raises:
         CompileError: The class is not decorated, a config entry is wrong, or the model does not trace.
@@ -134,7 +136,9 @@ def compile_model(
     started = time.perf_counter()
     device = next(iter(example_args.values())).device
     mode = CompilationMode.NONE if enforce_eager else config.resolved_mode(device.type)
-    counters = CompileCounters()
+    counters = counters if counters is not None else CompileCounters()
+    if not enforce_eager and (unread := config.without_effect(mode)):
+        logger.warning("compilation mode %s takes no notice of %s", mode.name, ", ".join(unread))
     if mode is CompilationMode.NONE:
         return CompiledModel(model, CompileReport(mode, time.perf_counter() - started), counters)
     if mode is not CompilationMode.VLLM_COMPILE:

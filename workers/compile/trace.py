@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from workers.compile import torch_compat
 from workers.compile.composites import COMPOSITES
+from workers.compile.counters import CompileCounters
 from workers.compile.errors import CompileError, GraphBreakError
 from workers.compile.weights import weight_names
 
@@ -86,16 +87,23 @@ def example_copies(
     return copies
 
 
-def trace(model: nn.Module, example_args: Mapping[str, torch.Tensor], dims: Mapping[str, int]) -> TracedModel:
+def trace(
+    model: nn.Module,
+    example_args: Mapping[str, torch.Tensor],
+    dims: Mapping[str, int],
+    counters: CompileCounters | None = None,
+) -> TracedModel:
     """Trace ``model.forward`` for every size of the dynamic dimensions.
 
     Args:
         example_args: A tensor for each argument in ``dims``; values do not matter.
         dims: The dynamic dimension of each argument, in the order of ``forward``'s parameters.
+        counters: Counts traces and graph breaks.
 
     Raises:
         GraphBreakError: The model does not trace into one graph.
     """
+    counters = counters or CompileCounters()
     started = time.perf_counter()
     captured: list[tuple[fx.GraphModule, Sequence[Any]]] = []
 
@@ -109,7 +117,8 @@ def trace(model: nn.Module, example_args: Mapping[str, torch.Tensor], dims: Mapp
     with torch.inference_mode(False), torch.no_grad():
         copies = example_copies(example_args, dims)
         with torch_compat.kept_whole(COMPOSITES):
-            result = run_dynamo(torch.compile(fresh_forward(model), backend=keep, fullgraph=True), copies)
+            result = run_dynamo(torch.compile(fresh_forward(model), backend=keep, fullgraph=True), copies, counters)
+    counters.num_traces += 1
     assert len(captured) == 1
     graph, inputs = captured[0]
     if result is not None and (type(result) is not tuple or any(item is not None for item in result)):
@@ -118,8 +127,11 @@ def trace(model: nn.Module, example_args: Mapping[str, torch.Tensor], dims: Mapp
     return TracedModel(graph, arguments, weights, result is not None, time.perf_counter() - started)
 
 
-def run_dynamo(compiled: Callable[..., Any], args: Sequence[torch.Tensor]) -> Any:
+def run_dynamo(compiled: Callable[..., Any], args: Sequence[torch.Tensor], counters: CompileCounters) -> Any:
     """Call something that Dynamo traces in full.
+
+    Args:
+        counters: Counts graph breaks.
 
     Raises:
         GraphBreakError: It does not trace into one graph.
@@ -131,6 +143,7 @@ def run_dynamo(compiled: Callable[..., Any], args: Sequence[torch.Tensor]) -> An
     except TorchDynamoException as error:
         if type(error).__name__ == "BackendCompilerFailed":
             raise
+        counters.num_graph_breaks += 1
         message = f"{torch_compat.user_line(error)} cannot be traced: {_first_sentence(error)}"
         logger.error("%s", message)
         raise GraphBreakError(message) from error

@@ -199,6 +199,7 @@ class Engine:
             decode_sizes=self.runner.decode_sizes,
             artifact_warm=self.runner.artifact_warm,
             artifacts=self.runner.library.counters.snapshot(),
+            compilation=self.runner.compile_counters.snapshot(),
         )
 
     def follow_prefixes(self) -> None:

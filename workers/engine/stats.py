@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from workers.artifacts.counters import ArtifactCounters
+from workers.compile.counters import CompileCounters
 from workers.scheduler.output import SchedulerStats
 
 
@@ -25,6 +26,7 @@ class EngineStats:
             batches run unpadded.
         artifact_warm: Whether the model was loaded without compiling anything.
         artifacts: What the artifact layer has done.
+        compilation: What the compile layer has done.
     """
 
     scheduler: SchedulerStats
@@ -38,3 +40,4 @@ class EngineStats:
     decode_sizes: tuple[int, ...]
     artifact_warm: bool
     artifacts: ArtifactCounters = dataclasses.field(default_factory=ArtifactCounters)
+    compilation: CompileCounters = dataclasses.field(default_factory=CompileCounters)

@@ -19,6 +19,7 @@ from workers.artifacts.key import BundleKey
 from workers.artifacts.library import ArtifactLibrary
 from workers.attention.base import AttentionBackend, BatchGeometry
 from workers.compile.compilation import BuildFlight
+from workers.compile.counters import CompileCounters
 from workers.compile.errors import BuildFailedError
 from workers.compile.model import CompiledModel, CompileReport, compile_model
 from workers.compile.stitch import PieceInfo
@@ -80,6 +81,7 @@ class GraphedModel:
         key: Of their bundle.
         flight: Decides who of several replicas builds them.
         account: Where this start is written down.
+        compile_counters: Of the engine, kept up to date.
         histogram_store: Where the batch sizes seen are kept; by default a file of this user's artifact folder.
     """
 
@@ -96,6 +98,7 @@ class GraphedModel:
         key: BundleKey,
         flight: BuildFlight,
         account: StartupAccount,
+        compile_counters: CompileCounters,
         histogram_store: HistogramStore | None = None,
     ) -> None:
         self._model = model
@@ -107,7 +110,7 @@ class GraphedModel:
         compilation = config.compilation_config
         self._counters = GraphCounters()
         self._checks_inputs = compilation.debug_graph_inputs
-        self.compiled = self._compile(config, library, key, flight, account)
+        self.compiled = self._compile(config, library, key, flight, account, compile_counters)
         self._resolution = _resolve(config, self.compiled.mode, backend, self._graph_backend.freezes_context)
         sizes: list[int] = []
         self._traffic, self._sizes_from = Traffic(), "graphs are off"
@@ -228,6 +231,7 @@ class GraphedModel:
         key: BundleKey,
         flight: BuildFlight,
         account: StartupAccount,
+        counters: CompileCounters,
     ) -> CompiledModel:
         """The model compiled, or as it is if the compiler fails."""
         # Not the batch's buffers: an eager model may be serving from them.
@@ -248,6 +252,7 @@ class GraphedModel:
                 key=key,
                 flight=flight,
                 account=account,
+                counters=counters,
             )
         except BuildFailedError as error:
             logger.error("the model runs eagerly: %s", error)

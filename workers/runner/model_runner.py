@@ -16,6 +16,7 @@ from workers.artifacts.key import BundleKey
 from workers.artifacts.library import ArtifactLibrary
 from workers.attention.selector import make_backend
 from workers.compile.compilation import BuildFlight
+from workers.compile.counters import CompileCounters
 from workers.config import EngineConfig
 from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, HistogramStore
 from workers.kernels import gpu_linear
@@ -118,6 +119,7 @@ class ModelRunner:
         device: Where everything runs.
         library: Where compiled artifacts come from and go to.
         bundle_key: Of this engine's.
+        compile_counters: What the compile layer has done for it.
         num_blocks: KV blocks allocated.
         pipeline_depth: Steps that may be in flight: 2 where the device works while the CPU schedules, else 1.
 
@@ -182,6 +184,7 @@ class ModelRunner:
             phase.num_bytes = sum(cache.nbytes for cache in self._kv_caches)
         logger.info("KV cache: %d blocks of %d tokens", self.num_blocks, config.block_size)
         self._histogram_store, self._account = histogram_store, account
+        self.compile_counters = CompileCounters()
         leases = leases or leases_of(config.artifacts)
         with account.phase("compile"):
             self._serving = ServingModel(config, self._make_graphs, leases, self.device, account)
@@ -293,6 +296,7 @@ class ModelRunner:
             self.bundle_key,
             flight,
             self._account,
+            self.compile_counters,
             self._histogram_store,
         )
 
