@@ -28,6 +28,7 @@ from workers.compile.piece_set import PieceSet, additions, build_of
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
 from workers.compile.stored import StoredPieces
+from workers.compile.transient import is_transient
 from workers.config import CompilationConfig
 from workers.startup.account import StartupAccount
 
@@ -114,7 +115,7 @@ class PieceCompilation:
 
         Raises:
             CompileError: The model does not trace, or an option is wrong.
-            BuildFailedError: The compiler failed, now or recently.
+            BuildFailedError: The compiler failed, now or recently; or this machine is short of something.
         """
         if (failure := self.library.recent_failure(self.key)) is not None:
             raise BuildFailedError(f"Compiling failed recently and is not tried again yet: {failure.text}")
@@ -127,6 +128,9 @@ class PieceCompilation:
             raise
         except Exception as error:
             # A compiler can fail in any way; a replica has to start all the same.
+            if is_transient(error):
+                message = f"Compiling failed for want of something on this machine, not remembered: {_summary(error)}"
+                raise BuildFailedError(message) from error
             self._remember(error)
             raise BuildFailedError(f"The compiler failed: {_summary(error)}") from error
 

@@ -31,6 +31,7 @@ from workers.compile.prefetch import wait_for_compiler
 from workers.compile.probes import runs_right
 from workers.compile.self_check import check_on_node, note_built_here
 from workers.compile.stitch import WrapPiece
+from workers.compile.transient import is_transient
 from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
 from workers.modes import CompilationMode
@@ -271,7 +272,10 @@ class _Loading:
         except CompileError:
             raise
         except Exception as error:
-            # A loader can fail in any way; whatever it is, these bytes are no good here.
+            # A loader can fail in any way; what is not for want of memory or disk is the bytes' fault.
+            if is_transient(error):
+                message = f"Loading failed for want of something on this machine: {type(error).__name__}: {error}"
+                raise BuildFailedError(message) from error
             raise SelfCheckError(f"Loading failed: {type(error).__name__}: {error}") from error
         finally:
             self._load_seconds += time.perf_counter() - started
