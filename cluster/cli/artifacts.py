@@ -129,7 +129,7 @@ def verify_command(
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    notes = [name for name, holds in (("pinned", row.is_pinned), ("leased", row.is_leased)) if holds]
+    notes = [name for name, holds in (("pinned", row.is_pinned), ("being built", row.is_leased)) if holds]
     notes += ["build failed"] if row.has_failed else []
     notes += [f"quarantined: {', '.join(row.quarantine)}"] if row.quarantine else []
     sizes = f" + sizes {', '.join(map(str, row.sizes))}" if row.sizes else ""

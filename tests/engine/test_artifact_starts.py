@@ -20,6 +20,7 @@ from tests.compile_cases import MIXING_OPS, MixingModel, mixing_inputs
 from tests.tiny_models import tiny_checkpoint
 from workers import LLM
 from workers.artifacts.errors import Refusal, StoreError
+from workers.artifacts.gc import GcPolicy, collect
 from workers.artifacts.library import Addition, ArtifactLibrary, Outcome
 from workers.artifacts.manifest import Kind
 from workers.artifacts.stores.directory import DirectoryStore
@@ -108,6 +109,43 @@ def test_code_that_is_wrong_takes_nobody_with_it(built: Path, tmp_path: Path, co
     assert again.report.is_warm
 
 
+def test_a_check_that_was_killed_proves_nothing(built: Path, tmp_path: Path) -> None:
+    """As the kernel does where memory is short: nothing is held against the pieces, and nobody loads them either."""
+    shutil.copytree(built, tmp_path / "artifacts")
+    found = library()
+    replace_piece(found, "def forward(*args):\n    import os\n    os.kill(os.getpid(), 9)\n")
+    with pytest.raises(BuildFailedError, match="was killed, as a machine short of memory does"):
+        start(found)
+    assert found.marks.quarantined() == []
+    assert found.recent_failure(KEY) is None
+
+
+def test_a_check_for_want_of_disk_proves_nothing(built: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(built, tmp_path / "artifacts")
+    verdicts = len(list((tmp_path / "artifacts" / "verdicts").iterdir()))
+    found = library()
+    replace_piece(found, "raise OSError(28, 'No space left on device')\n")
+    with pytest.raises(BuildFailedError, match="Loading failed for want of something on this machine: OSError"):
+        start(found)
+    assert "pieces could not be checked in a process of their own" in caplog.text
+    assert found.marks.quarantined() == []
+    assert len(list((tmp_path / "artifacts" / "verdicts").iterdir())) == verdicts
+
+
+def test_a_full_temporary_folder_is_no_reason_to_fail(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(built, tmp_path / "artifacts")
+    shutil.rmtree(tmp_path / "artifacts" / "verdicts")
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(self_check.tempfile, "TemporaryDirectory", full)
+    assert start(library()).report.is_warm
+    assert "No space left on device" in caplog.text
+
+
 def test_what_is_built_to_the_same_wrong_bytes_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that is wrong every time costs the fleet one build more, and no crash."""
     build = FxFormat.build
@@ -135,6 +173,27 @@ def test_what_is_built_to_the_same_wrong_bytes_is_not_built_again(monkeypatch: p
     found.marks.forget_failures(KEY.digest)
     assert not start(library()).report.is_warm
     assert start(library()).report.is_warm
+
+
+def test_nothing_is_collected_that_is_being_built_upon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle gets more builds: what it has must be there when they are published, wherever the lease is."""
+    start(library())
+    build, plans = FxFormat.build, []
+
+    def build_and_collect(self: FxFormat, *args: Any) -> bytes:
+        plans.append(collect(library(), GcPolicy(max_age_s=0.0, max_bytes=0, grace_s=0.0)))
+        return build(self, *args)
+
+    monkeypatch.setattr(FxFormat, "build", build_and_collect)
+    config = CONFIG.model_copy(update={"compile_sizes": [4]})
+    for is_warm in (False, True):
+        compiled = compile_model(
+            MixingModel(2), config, {"x_TE": mixing_inputs()}, splitting_ops=MIXING_OPS, library=library(), key=KEY
+        )
+        assert compiled.report.is_warm is is_warm
+    assert len(plans) == 3
+    assert all(plan.keys == () and plan.kept == {KEY.digest: "pinned or leased"} for plan in plans)
+    assert library().store.list("builds/") == []
 
 
 def test_a_failed_build_is_remembered_and_served_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:

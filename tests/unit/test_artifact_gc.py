@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from tests.artifact_cases import PIECE, PLAN, make_library, read_all
 from workers.artifacts.bundle import Bundle
 from workers.artifacts.digest import sha256
 from workers.artifacts.errors import Refusal
-from workers.artifacts.gc import GcPolicy, Inventory, StoredManifest, collect, plan_collection
+from workers.artifacts.gc import GcPolicy, Inventory, StoredManifest, collect, leased_keys, plan_collection
 from workers.artifacts.key import BundleKey
 from workers.artifacts.library import Addition, ArtifactLibrary, Outcome
 from workers.artifacts.manifest import Kind
@@ -87,13 +88,41 @@ def test_pinned_and_leased_bundles_stay(tmp_path: Path) -> None:
     for index in range(3):
         make(library, index)
     library.store.put_if_absent(f"pins/{key(0).digest}", b"")
-    library.store.put_if_absent(f"leases/{key(2).digest}/token-1", b"released long ago")
+    library.store.put_if_absent(f"builds/{key(2).digest}/1", b"its builder died")
     age(library, 10)
-    library.store.put_if_absent(f"leases/{key(1).digest}/token-1", b"")
-    plan = collect(library, GcPolicy(max_age_s=DAY_S, max_bytes=0))
+    policy = GcPolicy(max_age_s=DAY_S, max_bytes=0)
+    with library.building(key(1)):
+        # Whoever collects sees the store and nothing else: no lease folder, no cluster.
+        plan = collect(make_library(DirectoryStore(tmp_path), signer=SIGNER), policy)
     assert plan.keys == (key(2).digest,)
+    assert plan.names[-1] == f"builds/{key(2).digest}/1"
     assert set(plan.kept) == {key(0).digest, key(1).digest}
-    assert library.open(key(0)).outcome is library.open(key(1)).outcome is Outcome.HIT
+    assert library.open(key(0)).outcome is Outcome.HIT
+    assert make(library, 1) is not None
+    library.end_build(key(1))
+    assert library.store.list("builds/") == []
+    age(library, 10)
+    assert set(collect(library, policy, dry_run=True).keys) == {key(1).digest}
+
+
+def test_a_build_that_fails_leaves_no_mark(tmp_path: Path) -> None:
+    library = make_library(DirectoryStore(tmp_path), signer=SIGNER)
+
+    def build() -> None:
+        with library.building(key(0)):
+            assert leased_keys(library) == {key(0).digest}
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert library.store.list("builds/") == []
+
+
+def test_who_does_not_publish_marks_nothing(tmp_path: Path) -> None:
+    """A reader of a store may not be able to write to it at all."""
+    library = make_library(DirectoryStore(tmp_path), keys=(SIGNER,))
+    with library.building(key(0)):
+        assert library.store.list("builds/") == []
 
 
 def test_the_size_is_met_by_those_used_longest_ago(tmp_path: Path) -> None:

@@ -16,14 +16,15 @@ from workers.artifacts.digest import is_sha256
 from workers.artifacts.errors import RefusedError
 from workers.artifacts.library import ArtifactLibrary
 from workers.artifacts.manifest import MAX_MANIFEST_BYTES
-from workers.artifacts.names import BLOBS, BUNDLES, FAILURES, LEASES, PINS, QUARANTINE, USES, key_of, last_part
+from workers.artifacts.names import BLOBS, BUILDS, BUNDLES, FAILURES, PINS, QUARANTINE, USES, key_of, last_part
 from workers.artifacts.signing import read_unverified
 from workers.artifacts.stores.base import StoredObject
 
 _DAY_S = 24 * 3600.0
 
-#: A lease whose files nobody has touched for so long is nobody's; holders touch theirs every few seconds.
-_LEASE_AGE_S = 60.0
+#: A build that began longer ago has ended, and its builder had no time to say so: twice what a build may take before it
+#: counts as stuck and loses its lease.
+_LONGEST_BUILD_S = 3600.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Inventory:
         kept: Keys that are pinned or leased.
         quarantined: Names of manifests that are marked.
         marks: Marks and notes, which go with their key.
+        abandoned: Marks of builds that have ended, one way or another.
     """
 
     blobs: tuple[StoredObject, ...]
@@ -72,6 +74,7 @@ class Inventory:
     kept: frozenset[str]
     quarantined: frozenset[str]
     marks: tuple[StoredObject, ...] = ()
+    abandoned: tuple[StoredObject, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ def plan_collection(inventory: Inventory, policy: GcPolicy, now_s: float) -> GcP
         gone |= _obsolete(by_key[key], inventory.quarantined, policy.grace_s, now_s)
     blobs = _orphans(inventory, gone, policy.grace_s, now_s)
     dead = {item.name for item in inventory.marks if key_of(item.name) in doomed}
+    dead |= {item.name for item in inventory.abandoned}
     sizes = {item.object.name: item.object.num_bytes for item in inventory.manifests}
     num_bytes = sum(sizes[name] for name in gone) + sum(item.num_bytes for item in blobs)
     names = (*sorted(gone), *sorted(item.name for item in blobs), *sorted(dead))
@@ -117,7 +121,9 @@ def take_inventory(library: ArtifactLibrary) -> Inventory:
     """
     store = library.store
     blobs = store.list(BLOBS)
-    kept = {key_of(item.name) for item in store.list(PINS)} | leased_keys(library)
+    builds = store.list(BUILDS)
+    leased = [item for item in builds if _is_recent(item)]
+    kept = {key_of(item.name) for item in (*store.list(PINS), *leased)}
     uses = store.list(USES)
     last_use_s: dict[str, float] = {}
     for item in uses:
@@ -127,17 +133,21 @@ def take_inventory(library: ArtifactLibrary) -> Inventory:
     quarantined = frozenset(f"{BUNDLES}{item.name.removeprefix(QUARANTINE)}" for item in marks)
     manifests = tuple(_stored_manifest(library, item) for item in store.list(BUNDLES))
     notes = (*uses, *marks, *store.list(FAILURES))
-    return Inventory(tuple(blobs), manifests, last_use_s, frozenset(kept), quarantined, notes)
+    abandoned = tuple(item for item in builds if item not in leased)
+    return Inventory(tuple(blobs), manifests, last_use_s, frozenset(kept), quarantined, notes, abandoned)
 
 
 def leased_keys(library: ArtifactLibrary) -> set[str]:
-    """Keys that somebody builds: their lease gave a sign of life a short while ago. Released leases leave files behind.
+    """Keys that somebody holds the lease of and builds for, as its mark in the store says.
 
     Raises:
         StoreError: The store is in trouble.
     """
-    oldest_s = time.time() - _LEASE_AGE_S
-    return {key_of(item.name) for item in library.store.list(LEASES) if item.modified_s > oldest_s}
+    return {key_of(item.name) for item in library.store.list(BUILDS) if _is_recent(item)}
+
+
+def _is_recent(mark: StoredObject) -> bool:
+    return mark.modified_s > time.time() - _LONGEST_BUILD_S
 
 
 def collect(library: ArtifactLibrary, policy: GcPolicy, *, dry_run: bool = False) -> GcPlan:

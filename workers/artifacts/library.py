@@ -7,6 +7,7 @@ not an error: an engine starts without one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import enum
@@ -14,6 +15,7 @@ import importlib.metadata
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +27,7 @@ from workers.artifacts.errors import Refusal, RefusedError, StoreError
 from workers.artifacts.explain import Explanation, explain
 from workers.artifacts.key import BundleKey
 from workers.artifacts.manifest import PAYLOAD_TYPE, Entry, Kind, Manifest, Slot
-from workers.artifacts.names import BUNDLES, USES, blob_name, key_of, last_part, manifest_prefix
+from workers.artifacts.names import BUILDS, BUNDLES, USES, blob_name, key_of, last_part, manifest_prefix
 from workers.artifacts.quarantine import MAX_CODE_FAULTS, FailureMark, MarkBoard, code_faults
 from workers.artifacts.reader import VerifiedReader
 from workers.artifacts.signing import seal
@@ -134,6 +136,7 @@ class ArtifactLibrary:
         self.reader = VerifiedReader(store, trust, config)
         self.marks = MarkBoard(store)
         self._answers: dict[str, Lookup] = {}
+        self._builds: dict[str, str] = {}
 
     @classmethod
     def in_memory(cls) -> Self:
@@ -213,13 +216,49 @@ class ArtifactLibrary:
         Returns:
             The new bundle; None if this process may not publish, or the store did not take it.
         """
-        if not self.config.publish or not self.trust.may_publish:
+        if not self._may_publish:
             return None
         try:
             return self._publish(key, additions, base)
         except StoreError as error:
             logger.warning("not published: %s", error)
             return None
+
+    @contextlib.contextmanager
+    def building(self, key: BundleKey) -> Iterator[None]:
+        """Around building: garbage collection stays away from this key, until :meth:`end_build` if anything was built.
+
+        The lease may be held in a place that whoever collects does not see, so this mark lies in the store itself. One
+        that is left behind, because its builder died or did not get to publish, counts for an hour
+        (:mod:`workers.artifacts.gc`).
+        """
+        if not self._may_publish:
+            yield
+            return
+        name = self._builds.setdefault(key.digest, f"{BUILDS}{key.digest}/{uuid.uuid4().hex}")
+        try:
+            self.store.put_if_absent(name, b"")
+        except StoreError as error:
+            logger.warning("the build is not marked in the store: %s", error)
+        try:
+            yield
+        except BaseException:
+            self.end_build(key)
+            raise
+
+    def end_build(self, key: BundleKey) -> None:
+        """What was built is in the store, or the store did not take it."""
+        name = self._builds.pop(key.digest, None)
+        if name is None:
+            return
+        try:
+            self.store.delete(name)
+        except StoreError as error:
+            logger.warning("the mark of a build stays behind: %s", error)
+
+    @property
+    def _may_publish(self) -> bool:
+        return self.config.publish and self.trust.may_publish
 
     def quarantine(self, bundle: Bundle, reason: Refusal, text: str, blobs: Iterable[str] = ()) -> None:
         """Mark a bundle bad for the whole fleet.

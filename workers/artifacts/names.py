@@ -8,7 +8,8 @@
 | ``failures/<key>/<time>`` | why building this key failed, and until when nobody tries again | once |
 | ``pins/<key>`` | this key is never collected | once |
 | ``uses/<key>/<day>`` | a replica used this key on that day | once a day |
-| ``leases/<key>/...`` | somebody builds this key | see workers/leases |
+| ``builds/<key>/<id>`` | somebody builds for this key; deleted when done | once per build |
+| ``leases/<name>/...`` | the lease files of replicas without a cluster | see workers/leases |
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ QUARANTINE = "quarantine/"
 FAILURES = "failures/"
 PINS = "pins/"
 USES = "uses/"
-LEASES = "leases/"
+BUILDS = "builds/"
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=-]{0,127}")
 

@@ -119,24 +119,16 @@ class PieceCompilation:
         """
         if (failure := self.library.recent_failure(self.key)) is not None:
             raise BuildFailedError(f"Compiling failed recently and is not tried again yet: {failure.text}")
-        try:
-            return self._build(piece_format or self._formats[-1])
-        except CompileError as error:
-            if isinstance(error, UnlinkablePieceError | BuildFailedError):
-                self._remember(error)
-                raise BuildFailedError(str(error)) from error
-            raise
-        except Exception as error:
-            # A compiler can fail in any way; a replica has to start all the same.
-            if is_transient(error):
-                message = f"Compiling failed for want of something on this machine, not remembered: {_summary(error)}"
-                raise BuildFailedError(message) from error
-            self._remember(error)
-            raise BuildFailedError(f"The compiler failed: {_summary(error)}") from error
+        with self.library.building(self.key):
+            return self._build_or_remember(piece_format or self._formats[-1])
 
     def publish(self, pieces: PieceSet) -> bool:
         """Put what was built into the library; whether it took it."""
-        published = self.library.publish(self.key, additions(pieces.plan, pieces.blobs, pieces.probes), pieces.bundle)
+        added = additions(pieces.plan, pieces.blobs, pieces.probes)
+        try:
+            published = self.library.publish(self.key, added, pieces.bundle)
+        finally:
+            self.library.end_build(self.key)
         if published is not None:
             pieces.bundle = published
         return published is not None
@@ -158,6 +150,22 @@ class PieceCompilation:
     def stored_plan(self) -> Plan | None:
         """The plan with all its builds, if the library has it."""
         return self._stored.read()[0]
+
+    def _build_or_remember(self, piece_format: str) -> PieceSet:
+        try:
+            return self._build(piece_format)
+        except CompileError as error:
+            if isinstance(error, UnlinkablePieceError | BuildFailedError):
+                self._remember(error)
+                raise BuildFailedError(str(error)) from error
+            raise
+        except Exception as error:
+            # A compiler can fail in any way; a replica has to start all the same.
+            if is_transient(error):
+                message = f"Compiling failed for want of something on this machine, not remembered: {_summary(error)}"
+                raise BuildFailedError(message) from error
+            self._remember(error)
+            raise BuildFailedError(f"The compiler failed: {_summary(error)}") from error
 
     def _build(self, piece_format: str) -> PieceSet:
         wait_for_compiler(only_if_begun=piece_format == "fx")

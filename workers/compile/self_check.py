@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 from workers.artifacts.digest import canonical_json, sha256
 from workers.checkpoint.cache import artifacts_root
 from workers.compile.check_process import check_process, not_needed
-from workers.compile.errors import SelfCheckError
+from workers.compile.errors import BuildFailedError, SelfCheckError
 from workers.compile.piece_set import PieceSet
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 LOADING = "loading"
 PASSED = "passed"
 FAILED = "failed"
+#: Status with which the child ends if its machine kept it from trying a piece: no memory, no disk.
+UNDECIDED = os.EX_TEMPFAIL
 #: Before the digest of the build that it begins with.
 TRYING = "trying "
 
@@ -51,12 +54,31 @@ def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, ti
 
     Raises:
         SelfCheckError: The code crashed, hung, or gave something else than it should.
+        BuildFailedError: The child was killed from outside, so nothing is known and loading may end this process too.
     """
-    builds = pieces.builds(sizes)
     verdict = _verdict_file(pieces, sizes)
     if verdict.exists():
         not_needed()
         return False
+    try:
+        has_passed = _try_pieces(pieces, sizes, device, timeout_s)
+    except OSError as error:
+        logger.warning("pieces could not be checked in a process of their own: %s", error)
+        return False
+    if has_passed:
+        _keep(verdict)
+    return True
+
+
+def note_built_here(pieces: PieceSet, sizes: Sequence[int | None]) -> None:
+    """Pieces that this process built, loaded and ran need no other process to try them on this node."""
+    if pieces.bundle is not None:
+        _keep(_verdict_file(pieces, sizes))
+
+
+def _try_pieces(pieces: PieceSet, sizes: Sequence[int | None], device: str, timeout_s: float) -> bool:
+    """Whether they passed; see :func:`_run_child`."""
+    builds = pieces.builds(sizes)
     with tempfile.TemporaryDirectory(prefix="warmgraph-check-") as name:
         folder = Path(name)
         folder.chmod(0o700)
@@ -72,16 +94,7 @@ def check_on_node(pieces: PieceSet, sizes: Sequence[int | None], device: str, ti
             "format": pieces.piece_format, "device": device, "work": work, "modules": modules, "environment": caches,
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
-        has_passed = _run_child(folder, device, timeout_s)
-    if has_passed:
-        _keep(verdict)
-    return True
-
-
-def note_built_here(pieces: PieceSet, sizes: Sequence[int | None]) -> None:
-    """Pieces that this process built, loaded and ran need no other process to try them on this node."""
-    if pieces.bundle is not None:
-        _keep(_verdict_file(pieces, sizes))
+        return _run_child(folder, device, timeout_s)
 
 
 def _verdict_file(pieces: PieceSet, sizes: Sequence[int | None]) -> Path:
@@ -118,9 +131,13 @@ def _run_child(folder: Path, device: str, timeout_s: float) -> bool:
     last = states[-1] if states else ""
     if last == PASSED:
         return True
-    if LOADING not in states:
+    if LOADING not in states or status == UNDECIDED:
         logger.warning("pieces could not be checked in a process of their own: %s", _tail(output_text))
         return False
+    if status == -signal.SIGKILL:
+        raise BuildFailedError(
+            "The process that tried the pieces was killed, as a machine short of memory does; they are not loaded."
+        )
     culprits = tuple(state.removeprefix(TRYING) for state in states if state.startswith(TRYING))[-1:]
     if last.startswith(FAILED):
         raise SelfCheckError(last.removeprefix(f"{FAILED}: "), culprits)

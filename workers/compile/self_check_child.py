@@ -17,7 +17,8 @@ import torch
 
 from workers.compile.formats.base import make_format
 from workers.compile.probes import Probe, find_problem, make_inputs, read_probes
-from workers.compile.self_check import FAILED, LOADING, PASSED, TRYING, probes_file
+from workers.compile.self_check import FAILED, LOADING, PASSED, TRYING, UNDECIDED, probes_file
+from workers.compile.transient import is_transient
 
 
 def main(folder: Path) -> None:
@@ -30,19 +31,20 @@ def main(folder: Path) -> None:
     torch.empty(1, device=device)
     probes = _probes(folder, {item["size"] for item in request["work"]})
     _say(folder, LOADING)
-    piece_format = make_format(request["format"])
+    piece_format, is_undecided = make_format(request["format"]), False
     for item in request["work"]:
         _say(folder, f"{TRYING}{item['file']}")
         try:
             piece = piece_format.load((folder / item["file"]).read_bytes()).as_function()
             problem = _try(piece, probes.get(item["size"], {}).get(item["piece"]), device)
-        except torch.OutOfMemoryError:
-            problem = None
         except Exception as error:  # noqa: BLE001  # the code may raise anything
-            problem = f"{type(error).__name__}: {error}"
+            problem = None if is_transient(error) else f"{type(error).__name__}: {error}"
+            is_undecided |= problem is None
         if problem is not None:
             _say(folder, f"{FAILED}: Piece {item['piece'][:8]}: {' '.join(problem.split())[:500]}.")
             sys.exit(1)
+    if is_undecided:
+        os._exit(UNDECIDED)
     _say(folder, PASSED)
     # Code from the store has run; nothing of it gets to say anything while the process ends.
     os._exit(0)
@@ -61,8 +63,11 @@ def _try(piece: Any, probe: Probe | None, device: torch.device) -> str | None:
 
 
 def _say(folder: Path, state: str) -> None:
-    with (folder / "states").open("a") as file:
-        file.write(state + "\n")
+    try:
+        with (folder / "states").open("a") as file:
+            file.write(state + "\n")
+    except OSError:
+        os._exit(UNDECIDED)
 
 
 def _bring_up(device: torch.device) -> None:

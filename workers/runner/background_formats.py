@@ -73,8 +73,12 @@ class BackgroundFormats:
         pieces = StoredPieces(self._library, self._key, (self._running,), self._sizes).find()
         if pieces is None:
             raise BuildFailedError("The pieces that this replica runs from are not in the store.")
-        return BackgroundBuild(pieces, name, sizes=self._sizes).wait()
+        with self._library.building(self._key):
+            return BackgroundBuild(pieces, name, sizes=self._sizes).wait()
 
     def _publish(self, pieces: PieceSet) -> bool:
         added = additions(pieces.plan, pieces.blobs, pieces.probes)
-        return self._library.publish(self._key, added, pieces.bundle) is not None
+        try:
+            return self._library.publish(self._key, added, pieces.bundle) is not None
+        finally:
+            self._library.end_build(self._key)
