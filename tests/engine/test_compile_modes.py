@@ -23,6 +23,7 @@ from tests.compile_cases import (
 from tests.tiny_models import ARCHITECTURE_NAMES, NAMES, tiny_checkpoint
 from workers import LLM, SamplingParams
 from workers.artifacts.library import ArtifactLibrary
+from workers.artifacts.names import blob_name
 from workers.compile.errors import RecompileError
 from workers.compile.model import compile_model
 from workers.config import CompilationConfig
@@ -112,13 +113,25 @@ def test_the_engines_tokens_are_those_of_eager(compilation: dict[str, Any]) -> N
 
 
 def test_fused_pieces_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the native kernels Inductor sees every operation but products, as on a GPU, and fuses them."""
+    """Without the native kernels Inductor sees every operation but products, as on a GPU, and fuses them.
+
+    All that lies between two products becomes one kernel, the residual's sum and the norm after it too, which no pass
+    has to see to.
+    """
     use_plain_forms(monkeypatch)
-    model = plain_decoder("qwen3")
-    compiled = compile_decoder(model, mode="VLLM_COMPILE", piece_format="standalone")
+    model, library = plain_decoder("qwen3"), ArtifactLibrary.in_memory()
+    ops = ("warmgraph::attention", "warmgraph::rope_attention")
+    compiled = compile_decoder(
+        model, library=library, splitting_ops=ops, mode="VLLM_COMPILE", piece_format="standalone"
+    )
     assert compiled.plan is not None
-    opaque = {op for piece in compiled.plan.pieces.values() for op in piece.ops if "warmgraph" in op}
+    pieces = compiled.plan.pieces.values()
+    opaque = {op for piece in pieces for op in piece.ops if "warmgraph" in op}
     assert all("linear" in op for op in opaque), opaque
+    num_norms = [sum(count for op, count in piece.ops.items() if "rms_norm" in op) for piece in pieces]
+    builds = [build for piece in pieces if (build := piece.find_build("standalone", None))]
+    blobs = [library.store.get(blob_name(build.sha256), build.num_bytes) or b"" for build in builds]
+    assert [data.count(b" = async_compile.") for data in blobs] == num_norms == [1, 2, 2]
     assert_equals_eager(model, compiled)
 
 

@@ -16,6 +16,8 @@ from workers.compile import piecewise
 from workers.compile.errors import CompileError
 from workers.compile.formats.base import make_format
 from workers.compile.formats.fx_code import FxFormat
+from workers.compile.model import warn_of_tuning
+from workers.config import CompilationConfig
 
 # Inductor's own imports use what PyTorch has deprecated.
 pytestmark = [
@@ -117,3 +119,14 @@ def test_a_size_that_is_not_listed_takes_the_pieces_of_every_size() -> None:
     for num_tokens in (1, 2, 4, 5):
         x_TE = mixing_inputs(num_tokens)
         torch.testing.assert_close(compiled(x_TE), model(x_TE))
+
+
+def test_a_format_that_forgets_what_was_tuned_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    cuda = torch.device("cuda")
+    tuned = {"compile_sizes": [1], "inductor_compile_config_for_sizes": {"coordinate_descent_tuning": True}}
+    for quiet in ({**tuned, "piece_format": "aoti"}, {"piece_format": "standalone"}):
+        warn_of_tuning(CompilationConfig(**quiet), cuda)
+    warn_of_tuning(CompilationConfig(**tuned, piece_format="standalone"), torch.device("cpu"))
+    assert "tunes again" not in caplog.text
+    warn_of_tuning(CompilationConfig(**tuned), cuda)
+    assert "standalone pieces do not keep what coordinate_descent_tuning finds" in caplog.text

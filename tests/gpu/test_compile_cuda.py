@@ -167,21 +167,6 @@ def test_passes_match_every_layer(model: DecoderForCausalLM, folder: Path) -> No
     assert (passes["rope_kv_write"], passes["qk_rope"]) == (0, NUM_LAYERS)
 
 
-def test_inductor_makes_one_kernel_of_residual_and_norm(
-    model: DecoderForCausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """No pass is needed for it while products are opaque: all that lies between two of them is one kernel."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    backend = make_backend("triton", model.attention_spec(16), CUDA)
-    compiled = compiled_model(
-        model, tmp_path, None, backend.splitting_ops, mode="VLLM_COMPILE", piece_format="standalone"
-    )
-    norms = [sum(n for op, n in piece.ops.items() if "rms_norm" in op) for piece in compiled.plan.pieces.values()]
-    assert norms == [1, 2, 2]
-    generated = [path.read_text() for path in (tmp_path / "inductor").rglob("*.py")]
-    assert sum(text.count(" = async_compile.triton(") for text in generated) == sum(norms)
-
-
 def test_attention_rotates_by_itself(model: DecoderForCausalLM, folder: Path) -> None:
     """With the backend of a GPU: the rotation is part of its op, and the logits stay those of eager."""
     backend = make_backend("triton", model.attention_spec(16), CUDA)

@@ -41,8 +41,6 @@ class Kind(enum.StrEnum):
     """A compiled piece in one format, for one size or all: code."""
     TRITON = "triton"
     """Kernels that Triton compiled outside of pieces, as files of its cache: code."""
-    AUTOTUNE = "autotune"
-    """Launch shapes that were measured best, by kernel: JSON."""
     MEMORY_PLAN = "memory_plan"
     """What profiling found out about memory, by the digest of what it depends on: JSON."""
     HISTOGRAM = "histogram"

@@ -39,6 +39,9 @@ from workers.startup.account import StartupAccount
 
 logger = logging.getLogger(__name__)
 
+#: Options of Inductor that have it compare launch shapes on the device.
+_TUNING_OPTIONS = frozenset({"coordinate_descent_tuning", "max_autotune", "max_autotune_pointwise"})
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CompileReport:
@@ -140,6 +143,8 @@ def compile_model(
     counters = counters if counters is not None else CompileCounters()
     if not enforce_eager and (unread := config.without_effect(mode)):
         logger.warning("compilation mode %s takes no notice of %s", mode.name, ", ".join(unread))
+    if mode is CompilationMode.VLLM_COMPILE:
+        warn_of_tuning(config, device)
     if mode is CompilationMode.NONE:
         return CompiledModel(model, CompileReport(mode, time.perf_counter() - started), counters)
     if mode is not CompilationMode.VLLM_COMPILE:
@@ -166,6 +171,18 @@ def compile_model(
     loading = _Loading(compilation, flight, str(device), wrap_piece, where, counters, account)
     piecewise, pieces = loading.load(weight_names(model))
     return CompiledModel(piecewise, loading.report(pieces, mode, started), counters, pieces.plan)
+
+
+def warn_of_tuning(config: CompilationConfig, device: torch.device) -> None:
+    """A format that forgets what was tuned has every process tune again, in its first steps."""
+    options = config.inductor_compile_config | (config.inductor_compile_config_for_sizes or {})
+    tuning = [name for name in sorted(_TUNING_OPTIONS) if options.get(name)]
+    if tuning and device.type == "cuda" and config.piece_formats(device.type)[-1] == "standalone":
+        logger.warning(
+            "standalone pieces do not keep what %s finds, and every process tunes again at its first call;"
+            " aoti pieces do (`warmgraph warm` builds them)",
+            ", ".join(tuning),
+        )
 
 
 class _Loading:
