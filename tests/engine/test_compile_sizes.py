@@ -59,6 +59,7 @@ def test_only_pieces_of_one_size_get_the_options_for_sizes(monkeypatch: pytest.M
     monkeypatch.setattr(FxFormat, "build", spy)
     compile_mixing(
         MixingModel(2),
+        piece_format="auto",
         compile_sizes=[4],
         inductor_compile_config=OPTIONS,
         inductor_compile_config_for_sizes=SIZE_OPTIONS,
