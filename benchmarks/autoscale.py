@@ -1,8 +1,9 @@
 """Scaling a served model with its load: 1 -> 3 -> 1 and 0 -> 1, with the times of decisions, starts and drains.
 
-Starts ``warmgraph serve`` on a Ray cluster of its own, streams completions through the API, and asks `/status`
-ten times per second how many replicas Serve has and starts. A tiny random model is served unless --model names another.
-Ends in one JSON line.
+Starts ``warmgraph serve`` on a Ray cluster of its own and streams completions through the API. When the load was
+noticed and the target changed is read from the log of Serve's controller, since asking takes part of the time that is
+to be measured; how many replicas run is asked through `/status`, twice per second. A tiny random model is served unless
+--model names another. Ends in one JSON line.
 
     python benchmarks/autoscale.py --max-replicas 3
 """
@@ -14,12 +15,14 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import httpx
 import yaml
 
 MODEL = "scaled"
+_LOG_TIME = re.compile(r"[A-Z]+ (\S+ [\d:,]+) ")
 
 
 def _config(model: str, port: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -58,8 +62,8 @@ def _tiny_model(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _served(args: argparse.Namespace) -> Iterator[str]:
-    """``warmgraph serve`` on a Ray cluster of its own; yields its base URL."""
+def _served(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """``warmgraph serve`` on a Ray cluster of its own; yields its base URL and the folder of Serve's logs."""
     with tempfile.TemporaryDirectory(prefix="wg-", ignore_cleanup_errors=True) as name, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -75,7 +79,7 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
             for line in process.stderr:
                 if "Ctrl-C" in line:
                     break
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", folder / "session_latest" / "logs" / "serve"
         finally:
             process.terminate()
             process.wait(60)
@@ -108,7 +112,39 @@ class Watch:
                 num_decided, num_running = await asyncio.to_thread(self.replicas)
                 if decided in (None, num_decided) and running in (None, num_running):
                     return round(time.monotonic() - self._started_s, 2)
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.5)
+
+
+class ControllerLog:
+    """When Serve's controller did what, in seconds since a load began.
+
+    Args:
+        folder: Of Serve's logs.
+        began_s: When the load began, in seconds since the epoch.
+    """
+
+    def __init__(self, folder: Path, began_s: float) -> None:
+        self._folder = folder
+        self._began_s = began_s
+
+    def first(self, message: str) -> float | None:
+        """Seconds until the first line since then that matches, or None."""
+        times = [at_s - self._began_s for at_s, line in self._lines() if re.search(message, line)]
+        return min((round(seconds, 2) for seconds in times if seconds >= 0), default=None)
+
+    async def wait_for(self, message: str) -> float:
+        """The same, once there is one."""
+        async with asyncio.timeout(120):
+            while (seconds := self.first(message)) is None:
+                await asyncio.sleep(0.2)
+        return seconds
+
+    def _lines(self) -> Iterator[tuple[float, str]]:
+        """Time in seconds since the epoch, and text, of every line that has a time."""
+        for path in self._folder.glob("controller_*.log"):
+            for line in path.read_text().splitlines():
+                if found := _LOG_TIME.match(line):
+                    yield datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S,%f").timestamp(), line
 
 
 async def _stream(client: httpx.AsyncClient, url: str, max_tokens: int) -> float:
@@ -127,7 +163,7 @@ async def _stream(client: httpx.AsyncClient, url: str, max_tokens: int) -> float
     raise AssertionError(f"a stream was cut after {num_events} events")
 
 
-async def _measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
+async def _measure(url: str, logs: Path, args: argparse.Namespace) -> dict[str, Any]:
     watch, results = Watch(url), dict[str, Any]()
     num_streams = 0
 
@@ -143,10 +179,13 @@ async def _measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
         await watch.until(running=1)
         many, one = asyncio.Event(), asyncio.Event()
         watch.restart()
+        log = ControllerLog(logs, time.time())
         crowd = [asyncio.create_task(load(client, many)) for _ in range(args.streams - 1)]
         last = asyncio.create_task(load(client, one))
-        results["up_decided_2_s"] = await _until_at_least(watch, 2)
+        results["up_noticed_s"] = await log.wait_for("the load asks for (?!1 )")
+        results["up_decided_s"] = await log.wait_for("Upscaling .* from 1 to")
         results["up_running_s"] = await watch.until(running=args.max_replicas)
+        results["up_given_up"] = log.first("Downscaling")
         await asyncio.sleep(args.hold_s)
         many.set()
         watch.restart()
@@ -157,16 +196,10 @@ async def _measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
         watch.restart()
         results["down_to_zero_s"] = await watch.until(decided=0, running=0)
         watch.restart()
+        log = ControllerLog(logs, time.time())
         results["from_zero_first_token_s"] = round(await _stream(client, url, 8), 2)
+    results["from_zero_decided_s"] = log.first("Upscaling .* from 0 to")
     return {**results, "streams_complete": num_streams}
-
-
-async def _until_at_least(watch: Watch, num_replicas: int) -> float:
-    started = time.monotonic()
-    async with asyncio.timeout(300):
-        while (await asyncio.to_thread(watch.replicas))[0] < num_replicas:
-            await asyncio.sleep(0.05)
-    return round(time.monotonic() - started, 2)
 
 
 def main() -> None:
@@ -178,8 +211,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=100)
     parser.add_argument("--hold-s", type=float, default=3.0, help="how long the load stays once all replicas run")
     args = parser.parse_args()
-    with _served(args) as url:
-        results = asyncio.run(_measure(url, args))
+    with _served(args) as (url, logs):
+        results = asyncio.run(_measure(url, logs, args))
     print(json.dumps({"benchmark": "autoscale", "max_replicas": args.max_replicas, "streams": args.streams, **results}))
 
 

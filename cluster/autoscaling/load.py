@@ -23,7 +23,8 @@ class ReplicaLoad:
         output_tokens: Most tokens that its requests may still generate.
         prompt_token_s: Seconds per prompt token, measured; 0 until anything ran.
         output_token_s: Seconds per generated token in a full batch, measured; 0 until anything ran.
-        work_per_s: Tokens that it makes per second, times what they cost: 1 if it spends all its time in full steps.
+        efficiency: The part of its time that full steps had while it was full; 0 until it was. Less than 1 where it
+            waits for something else, say for a processor that it shares, or has no KV blocks for a full batch.
         start_s: Seconds that it took to become ready.
         ingress: What the ingresses reported to it, added up: all tell all replicas the same.
     """
@@ -33,7 +34,7 @@ class ReplicaLoad:
     output_tokens: float
     prompt_token_s: float
     output_token_s: float
-    work_per_s: float
+    efficiency: float
     start_s: float
     ingress: IngressLoad
 
@@ -63,8 +64,9 @@ class ModelLoad:
         num_target: How many there should be by the last decision: those beyond ``num_replicas`` are starting.
         replicas: The reports.
         start_s: How long a start takes, as the last ones did.
-        efficiency: The part of a replica's time that its steps can have. Less than 1 where a full replica waits for
-            something else, say for a processor that it shares; seen when requests wait, and remembered.
+        efficiency: Of a full replica, the best one's.
+        growth_tokens_per_s: How fast :attr:`backlog_tokens` grows, negative if it shrinks; None unless requests have
+            waited long enough, before the same replicas, to say.
     """
 
     num_replicas: int
@@ -72,6 +74,14 @@ class ModelLoad:
     replicas: Sequence[ReplicaLoad]
     start_s: float
     efficiency: float = 1.0
+    growth_tokens_per_s: float | None = None
+
+    @property
+    def backlog_tokens(self) -> float:
+        """Tokens to compute and to generate for the requests that wait or run."""
+        ingress = self.ingress
+        queued = sum(replica.prompt_tokens + replica.output_tokens * ingress.output_ratio for replica in self.replicas)
+        return queued + ingress.held_prompt_tokens + ingress.held_output_tokens
 
     @property
     def ingress(self) -> IngressLoad:

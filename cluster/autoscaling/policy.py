@@ -40,6 +40,10 @@ def by_work(load: ModelLoad, goals: ScalingGoals) -> int:
 
     While new replicas start the present ones go on: only what will still wait when the new ones are ready is theirs to
     do, within ``queue_target_s``. So a short queue starts none if a start takes long, and the more the shorter it is.
+    As long as anything waits nobody is taken away, those that are still starting included.
+
+    The average of what comes in takes seconds to follow. A queue that does not shrink although every replica is full
+    says sooner that more comes in than they can do, but not how much more: it is a reason for one more replica.
     """
     ingress = load.ingress
     num_requests = sum(r.num_requests for r in load.replicas) + ingress.num_held
@@ -54,6 +58,9 @@ def by_work(load: ModelLoad, goals: ScalingGoals) -> int:
     steady = arriving / goals.utilization
     if math.ceil(steady) < load.num_replicas:
         steady = min(steady / _SHRINK_ROOM, load.num_replicas)
+    if load.growth_tokens_per_s is not None:
+        coming = load.num_replicas + load.growth_tokens_per_s * output_s
+        steady = max(steady, min(coming / goals.utilization, load.num_replicas + 1))
     needed = max(1, math.ceil(max(steady, _for_queue(load, goals, arriving, prompt_s, output_s)) - 1e-9))
     # One that has just become ready has not had its share yet: too early to say that it is not needed.
     return max(needed, load.num_replicas) if len(load.replicas) < load.num_replicas else needed
@@ -69,7 +76,8 @@ def _for_queue(load: ModelLoad, goals: ScalingGoals, arriving: float, prompt_s: 
     work_s = prompt_tokens * prompt_s + output_tokens * output_s
     num_running = max(load.num_replicas, 1)
     left_s = work_s + (arriving - num_running) * load.start_s
-    return num_running + max(0.0, left_s - num_running * goals.queue_target_s) / goals.queue_target_s
+    more = max(0.0, left_s - num_running * goals.queue_target_s) / goals.queue_target_s
+    return max(num_running + more, load.num_target)
 
 
 POLICIES: dict[str, ScalingPolicy] = {"by_work": by_work}

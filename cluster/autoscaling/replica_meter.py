@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.admission.rate import Clock, RateMeter
+import math
+
+from cluster.admission.rate import Clock
 from cluster.autoscaling.load import ReplicaLoad
 from cluster.autoscaling.step_cost import StepCost
 from cluster.messages import IngressLoad
@@ -10,8 +12,10 @@ from workers.engine.stats import EngineStats
 
 #: An ingress that has not reported for this long is gone, or has nothing to report, in seconds.
 _FORGET_S = 3.0
-#: Time over which work is averaged, in seconds.
-_WORK_MEMORY_S = 3.0
+#: A replica must have been full for this long before it says how efficient it is, in seconds.
+_LEAST_FULL_S = 0.5
+#: Time over which the efficiency is averaged, in seconds of a full replica.
+_EFFICIENCY_MEMORY_S = 3.0
 
 
 class ReplicaMeter:
@@ -30,7 +34,8 @@ class ReplicaMeter:
         self._max_num_seqs = max_num_seqs
         self._start_s = start_s
         self._cost = StepCost()
-        self._work = RateMeter(clock, _WORK_MEMORY_S)
+        self._full_since_s: float | None = None
+        self._full_s = self._full_work_s = 0.0
         self._ingresses: dict[str, tuple[float, IngressLoad]] = {}
 
     def note_step(self, stats: EngineStats) -> None:
@@ -42,7 +47,22 @@ class ReplicaMeter:
             self._cost.add(num_tokens, stats.busy_seconds - before.busy_seconds, num_steps)
             prompt_token_s, output_token_s = self._cost.token_s(self._max_num_seqs)
             num_generated = stats.num_generated_tokens - before.num_generated_tokens
-            self._work.add(max(num_tokens - num_generated, 0) * prompt_token_s + num_generated * output_token_s)
+            self._note_work(max(num_tokens - num_generated, 0) * prompt_token_s + num_generated * output_token_s)
+
+    def _note_work(self, work_s: float) -> None:
+        """Count work done since the step before, in seconds of full steps, if the replica was full all the time.
+
+        Idle time would count against it: load that has just begun would look like a slow replica.
+        """
+        now_s = self._clock()
+        if self._full_since_s is not None:
+            seconds = now_s - self._full_since_s
+            keep = math.exp(-seconds / _EFFICIENCY_MEMORY_S)
+            self._full_s = self._full_s * keep + seconds
+            self._full_work_s = self._full_work_s * keep + work_s
+        scheduler = self._stats.scheduler
+        is_full = scheduler.num_waiting > 0 or scheduler.num_running >= self._max_num_seqs
+        self._full_since_s = now_s if is_full else None
 
     def note_ingress(self, ingress_id: str, load: IngressLoad) -> None:
         """Take in what an ingress reports."""
@@ -58,7 +78,7 @@ class ReplicaMeter:
             output_tokens=scheduler.num_tokens_to_generate,
             prompt_token_s=prompt_token_s,
             output_token_s=output_token_s,
-            work_per_s=self._work.per_s(),
+            efficiency=self._full_work_s / self._full_s if self._full_s >= _LEAST_FULL_S else 0.0,
             start_s=self._start_s,
             ingress=self._ingress_load(),
         )

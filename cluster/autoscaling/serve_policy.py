@@ -23,6 +23,11 @@ IMPORT_PATH = "cluster.autoscaling.serve_policy:ServePolicy"
 
 #: Below this a measurement is rather of a replica that has not begun.
 _MIN_EFFICIENCY = 0.2
+#: Time over which a queue must not shrink before it counts as more than the replicas can do, in seconds.
+_GROWTH_S = 0.75
+
+#: When a backlog was seen (seconds), its tokens, and how many replicas worked on it; oldest first.
+_Backlogs = list[tuple[float, float, int]]
 
 
 class ServePolicy:
@@ -43,11 +48,14 @@ class ServePolicy:
         """The number of replicas wanted, and what to remember."""
         loads = _read_loads(context)
         start_s = max((load.start_s for load in loads), default=context.policy_state.get("start_s", self._start_s))
-        load = ModelLoad(context.current_num_replicas, context.target_num_replicas, loads, start_s)
-        efficiency = context.policy_state.get("efficiency", 1.0)
-        if load.ingress.num_held and loads:  # they are full: what the fullest does is what a replica can do
-            efficiency = min(max(_MIN_EFFICIENCY, *(report.work_per_s for report in loads)), 1.0)
-        load = dataclasses.replace(load, efficiency=efficiency)
+        efficiency = max((load.efficiency for load in loads), default=0.0)
+        if efficiency:
+            efficiency = min(max(efficiency, _MIN_EFFICIENCY), 1.0)
+        else:
+            efficiency = context.policy_state.get("efficiency", 1.0)
+        load = ModelLoad(context.current_num_replicas, context.target_num_replicas, loads, start_s, efficiency)
+        backlogs = _follow_backlog(context, load)
+        load = dataclasses.replace(load, growth_tokens_per_s=_growth_per_s(backlogs))
         wanted = self._policy(load, self._goals)
         if wanted != context.policy_state.get("wanted"):
             logger.info(
@@ -59,7 +67,25 @@ class ServePolicy:
                 load.ingress.prompt_tokens_per_s,
                 load.ingress.output_tokens_per_s,
             )
-        return wanted, {"start_s": start_s, "efficiency": efficiency, "wanted": wanted}
+        return wanted, {"start_s": start_s, "efficiency": efficiency, "wanted": wanted, "backlogs": backlogs}
+
+
+def _follow_backlog(context: AutoscalingContext, load: ModelLoad) -> _Backlogs:
+    """What the backlog was over the last :data:`_GROWTH_S`, and now; empty while nothing waits."""
+    if not load.ingress.num_held or context.current_time is None:
+        return []
+    now_s, num = context.current_time, load.num_replicas
+    before: _Backlogs = [seen for seen in context.policy_state.get("backlogs", ()) if seen[2] == num]
+    while len(before) > 1 and now_s - before[1][0] >= _GROWTH_S:
+        del before[0]
+    return [*before, (now_s, load.backlog_tokens, num)]
+
+
+def _growth_per_s(backlogs: _Backlogs) -> float | None:
+    """How fast the backlog grew, in tokens per second; None if it was not seen for long enough."""
+    if not backlogs or backlogs[-1][0] - backlogs[0][0] < _GROWTH_S:
+        return None
+    return (backlogs[-1][1] - backlogs[0][1]) / (backlogs[-1][0] - backlogs[0][0])
 
 
 def _read_loads(context: AutoscalingContext) -> list[ReplicaLoad]:

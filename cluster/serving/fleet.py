@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import METRICS_INTERVAL_S, ReplicaConfig
+from cluster.config import ReplicaConfig
 from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
 from cluster.routing import running_replicas
 from cluster.routing.policies import RoutingPolicy
@@ -31,6 +31,8 @@ from workers.scheduler.prefix_journal import names_of
 
 #: Pause before replicas that gave no answer are asked again, in seconds.
 _RETRY_S = 0.1
+#: Pace at which replicas are told the load, in seconds, and how long a report waits for requests that come together.
+_REPORT_INTERVAL_S, _GATHER_S = 0.5, 0.1
 
 
 class Fleet:
@@ -196,13 +198,15 @@ class Fleet:
     async def _report_load(self) -> None:
         """Tell every replica what waits and comes in here; they pass it on to Serve's controller.
 
-        One that does not answer keeps nobody else waiting.
+        At a steady pace, and as soon as requests begin to wait. A replica that does not answer keeps nobody else
+        waiting.
         """
         loop = asyncio.get_running_loop()
         telling: dict[ReplicaLink, asyncio.Task[Any]] = {}
         was_idle = True
         while True:
-            await asyncio.sleep(METRICS_INTERVAL_S)
+            await self._gate.wait_for_news(_REPORT_INTERVAL_S - _GATHER_S)
+            await asyncio.sleep(_GATHER_S)
             load = self._gate.load()
             is_idle = not (load.num_held or load.has_arrivals or load.prompt_tokens_per_s or load.output_tokens_per_s)
             telling = {link: task for link, task in telling.items() if not task.done()}

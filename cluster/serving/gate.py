@@ -8,6 +8,7 @@ futures; which replica a request goes to is the fleet's business.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ class Gate:
         self._num_prompt_tokens = 0
         self._passing: set[str] = set()
         self._wake = wake
+        self._begins_to_hold = asyncio.Event()
 
     @property
     def num_waiting(self) -> int:
@@ -64,6 +66,13 @@ class Gate:
         """What waits here and what comes in, for the autoscaler."""
         num_output_tokens = self._room.num_tokens - self._num_prompt_tokens
         return self._arrivals.load(self.num_waiting, self._num_prompt_tokens, num_output_tokens)
+
+    async def wait_for_news(self, timeout_s: float) -> None:
+        """Return once requests have begun to wait since the last call, and at the latest after ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._begins_to_hold.wait()
+        self._begins_to_hold.clear()
 
     def has_room(self, replica: ReplicaSnapshot) -> bool:
         """Whether one more request may go to a replica."""
@@ -87,8 +96,11 @@ class Gate:
         # One that was lost is being replaced: its share of the queue stays.
         max_requests = self._config.max_queued_requests * max(1, num_replicas, self._config.num_replicas)
         ticket = _Ticket(request.request_id, num_prompt_tokens, asyncio.get_running_loop().create_future())
+        is_first = not len(self._room)
         self._room.enter(ticket, request.key_name, request.weight, num_tokens, max_requests)
         self._num_prompt_tokens += num_prompt_tokens
+        if is_first:
+            self._begins_to_hold.set()
         if not num_replicas:
             self._wake()
         try:

@@ -70,7 +70,7 @@ def _run(config: DeploymentConfig, on_phase: PhaseListener, replica_class: type[
         on_phase("starting Serve")
         proxy = _begin_serve(config)
         on_phase("starting replicas")
-        serve.run(application, name=config.name, route_prefix="/", logging_config=_quiet())
+        serve.run(application, name=config.name, route_prefix="/", logging_config=_logging())
         proxy.result()
         yield f"http://{config.http.host}:{config.http.port}"
     finally:
@@ -87,7 +87,7 @@ def _begin_serve(config: DeploymentConfig) -> Future[Any]:
 
     executor = ThreadPoolExecutor(1)
     http_options = {"host": config.http.host, "port": config.http.port}
-    started = executor.submit(serve.start, http_options=http_options, logging_config=_quiet())
+    started = executor.submit(serve.start, http_options=http_options, logging_config=_logging())
     executor.shutdown(wait=False)
     while not started.done():
         with contextlib.suppress(ValueError):  # it is not there yet
@@ -106,5 +106,6 @@ def wait_for_signal() -> None:
         time.sleep(0)
 
 
-def _quiet() -> dict[str, Any]:
-    return {"log_level": "WARNING", "enable_access_log": False}
+def _logging() -> dict[str, Any]:
+    """Logs in files, decisions of the autoscaler and starts of replicas included, but no line per request."""
+    return {"log_level": "INFO", "enable_access_log": False}

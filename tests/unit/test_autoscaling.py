@@ -34,7 +34,7 @@ def replica(ingress: IngressLoad | None = None, **changes: float) -> ReplicaLoad
     """A replica that makes 100 tokens per second, prompt or output."""
     fields = {
         "num_requests": 0.0, "prompt_tokens": 0.0, "output_tokens": 0.0, "prompt_token_s": 0.01, "output_token_s": 0.01,
-        "work_per_s": 0.0, "start_s": 3.0,
+        "efficiency": 0.0, "start_s": 3.0,
     }  # fmt: skip
     return ReplicaLoad(**{**fields, **changes}, ingress=ingress or IngressLoad())
 
@@ -69,11 +69,27 @@ def test_a_queue_gets_what_works_it_off_once_it_is_ready() -> None:
     assert wanted(1, start_s=8.0, output_tokens_per_s=100, **queue) == 4  # but not if as much comes in
 
 
+def test_a_queue_that_does_not_shrink_gets_one_more_replica() -> None:
+    crowd = IngressLoad(num_held=5, held_output_tokens=50, output_tokens_per_s=10)
+    load = ModelLoad(2, 2, [replica(crowd, num_requests=4.0)] * 2, 3.0)
+    assert by_work(load, GOALS) == 2, "the average of what comes in is low yet"
+    assert by_work(dataclasses.replace(load, growth_tokens_per_s=0.0), GOALS) == 3
+    assert by_work(dataclasses.replace(load, growth_tokens_per_s=900.0), GOALS) == 3
+    assert by_work(dataclasses.replace(load, growth_tokens_per_s=-100.0), GOALS) == 2, "it is worked off"
+    starting = dataclasses.replace(load, growth_tokens_per_s=0.0, num_target=3)
+    assert by_work(starting, GOALS) == 3, "one is on its way"
+
+
 def test_full_replicas_that_wait_for_something_else_make_tokens_dearer() -> None:
     crowd = IngressLoad(num_held=5, output_tokens_per_s=50)
     load = ModelLoad(1, 1, [replica(crowd, num_requests=4.0)], 3.0)
     assert by_work(load, GOALS) == 1
     assert by_work(dataclasses.replace(load, efficiency=0.5), GOALS) == 2
+
+
+def test_starting_replicas_are_not_given_up_while_requests_wait() -> None:
+    assert wanted(1, num_target=3, num_held=1, held_output_tokens=10) == 3
+    assert wanted(1, num_target=3, output_tokens_per_s=10) == 1
 
 
 def test_running_requests_alone_are_no_queue() -> None:
@@ -181,7 +197,6 @@ def test_a_replica_reports_what_it_measured_and_was_told() -> None:
     meter = ReplicaMeter(time, engine_stats(), max_num_seqs=4, start_s=7.0)
     time.now_s += 1.0
     meter.note_step(engine_stats(num_steps=10, num_computed_tokens=20, num_generated_tokens=20, busy_seconds=0.4))
-    assert meter.load().work_per_s == pytest.approx(20 * 0.01, rel=0.2)
     meter.note_ingress("a", IngressLoad(num_held=3, held_prompt_tokens=30))
     meter.note_ingress("b", IngressLoad(num_held=1, output_tokens_per_s=5, output_ratio=0.5, has_arrivals=1))
     load = meter.load()
@@ -193,6 +208,28 @@ def test_a_replica_reports_what_it_measured_and_was_told() -> None:
     assert all(isinstance(value, int | float) for value in load.to_metrics().values())
     time.now_s += 10
     assert meter.load().ingress == IngressLoad()
+
+
+def test_efficiency_is_measured_while_a_replica_is_full() -> None:
+    time = Time()
+    meter = ReplicaMeter(time, engine_stats(), max_num_seqs=4, start_s=7.0)
+    counts = {"num_steps": 0, "num_computed_tokens": 0, "num_generated_tokens": 0, "busy_seconds": 0.0}
+
+    def step(pause_s: float, num_running: int) -> float:
+        """One step of 10 ms of 4 tokens after a pause; what the replica then says."""
+        time.now_s += 0.01 + pause_s
+        changes = zip(counts, (1, 4, 4, 0.01), strict=True)
+        counts.update({name: counts[name] + change for name, change in changes})
+        scheduler = dataclasses.replace(engine_stats().scheduler, num_running=num_running, num_waiting=0)
+        meter.note_step(engine_stats(scheduler=scheduler, **counts))
+        return meter.load().efficiency
+
+    assert step(100.0, 4) == 0, "nothing is known of a replica that was never full"
+    for _ in range(100):
+        efficiency = step(0.01, 4)
+    assert efficiency == pytest.approx(0.5, rel=0.05)
+    step(0.01, 3)
+    assert step(100.0, 4) == pytest.approx(0.5, rel=0.05), "it was not full meanwhile"
 
 
 def test_a_policy_that_is_not_there_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from workers.errors import ConfigError
 DEPLOYMENT = DeploymentID("engine-m", "app")
 
 
-def context(loads: list[ReplicaLoad], state: dict[str, Any] | None = None, num_target: int = 0) -> AutoscalingContext:
+def context(
+    loads: list[ReplicaLoad], state: dict[str, Any] | None = None, num_target: int = 0, now_s: float = 1000.0
+) -> AutoscalingContext:
     """What Serve hands over when replicas have sent ``loads``, after something older."""
     raw: dict[str, dict[ReplicaID, list[TimeStampedValue]]] = {}
     for number, load in enumerate(loads):
@@ -30,12 +33,12 @@ def context(loads: list[ReplicaLoad], state: dict[str, Any] | None = None, num_t
         target_num_replicas=num_target or len(loads), running_replicas=[], total_num_requests=1.0,
         total_queued_requests=0.0, aggregated_metrics={}, raw_metrics=raw, capacity_adjusted_min_replicas=0,
         capacity_adjusted_max_replicas=9, policy_state=state or {}, last_scale_up_time=None, last_scale_down_time=None,
-        current_time=None, config=None,
+        current_time=now_s, config=None,
     )  # fmt: skip
 
 
 def busy(start_s: float = 2.0, **ingress: float) -> ReplicaLoad:
-    return ReplicaLoad(4, 0, 100, 0.01, 0.01, 0.5, start_s, IngressLoad(**ingress))
+    return ReplicaLoad(4, 0, 100, 0.01, 0.01, 0.0, start_s, IngressLoad(**ingress))
 
 
 def test_the_newest_reports_decide_and_the_start_is_remembered() -> None:
@@ -51,10 +54,31 @@ def test_what_full_replicas_manage_is_remembered() -> None:
     policy = ServePolicy("by_work", queue_target_s=2.0, utilization=0.8, start_s=60.0)
     _, state = policy(context([busy(output_tokens_per_s=50)]))
     assert state["efficiency"] == 1.0
-    wanted, state = policy(context([busy(num_held=3, output_tokens_per_s=50)], state))
+    full = dataclasses.replace(busy(num_held=3, output_tokens_per_s=50), efficiency=0.5)
+    wanted, state = policy(context([full], state))
     assert (wanted, state["efficiency"]) == (2, 0.5)
     wanted, state = policy(context([busy(output_tokens_per_s=50)] * 2, state))
     assert (wanted, state["efficiency"]) == (2, 0.5), "two were needed, so one is not enough when they keep up"
+
+
+def test_a_queue_that_stays_is_noticed_within_a_second() -> None:
+    policy = ServePolicy("by_work", queue_target_s=2.0, utilization=0.8, start_s=2.0)
+
+    def follow(held_tokens: list[float]) -> list[int]:
+        """Decisions every 0.1 s, for one replica and so many tokens that wait."""
+        state: dict[str, Any] = {}
+        decisions = []
+        for number, tokens in enumerate(held_tokens):
+            load = busy(num_held=float(tokens > 0), held_output_tokens=tokens)
+            wanted, state = policy(context([load], state, num_target=1, now_s=1000.0 + number / 10))
+            decisions.append(wanted)
+        return decisions
+
+    assert follow([0.0] * 5 + [80.0] * 10) == [1] * 13 + [2] * 2
+    assert follow([0.0] * 5 + [80.0 - 8 * number for number in range(10)]) == [1] * 15, "a burst that is worked off"
+    long_ago = {"backlogs": [(990.0 + number, 1.0, 1) for number in range(10)]}
+    _, state = policy(context([busy(num_held=1)], long_ago))
+    assert [at_s for at_s, _, _ in state["backlogs"]] == [999.0, 1000.0], "only the last second is kept"
 
 
 def test_serve_takes_the_settings_and_builds_the_policy() -> None:
@@ -64,7 +88,7 @@ def test_serve_takes_the_settings_and_builds_the_policy() -> None:
     config = _scale(replicas)["autoscaling_config"]
     assert isinstance(config, AutoscalingConfig)
     assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (0, 0, 4)
-    assert (config.metrics_interval_s, config.look_back_period_s, config.upscale_delay_s) == (0.5, 1.0, 0.0)
+    assert (config.metrics_interval_s, config.look_back_period_s, config.upscale_delay_s) == (0.25, 0.5, 0.0)
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)
     assert policy(context([busy(output_tokens_per_s=150)]))[0] == 2
     assert _scale(ReplicaConfig(num_replicas=3)) == {"num_replicas": 3}
