@@ -73,7 +73,7 @@ def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:
 
 
 def test_pieces_that_arrive_take_over_from_the_eager_model_under_way(tmp_path: Path) -> None:
-    leases = MemoryLeases()
+    leases = MemoryLeases(ttl_s=600)  # the other replica sends no heartbeats here
     reference = Engine(make_config(tmp_path / "first"))
     other = leases.acquire(reference.runner.bundle_key.digest, "another replica")
     assert isinstance(other, Lease)
