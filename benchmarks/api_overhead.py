@@ -2,11 +2,10 @@
 
 Usage: python -m benchmarks.api_overhead [--streams 64] [--tokens 256] [--rounds 3]
 
-The stub hands one token per step to each stream and goes on once every stream has taken it, as an engine at one
-token per step does. What is counted is CPU time of this process (``time.process_time``), after a warm-up; the
-median of the rounds is reported:
+The stub hands one token per step to each stream, as an engine does. What is counted is CPU time of this process
+(``time.process_time``), after a warm-up; the median of the rounds is reported:
 
-- ``stub``: the stub's streams read by bare loops: what is there without any HTTP layer (to be subtracted).
+- ``stub``: the stub's streams with readers that do nothing: what is there without any HTTP layer (to be subtracted).
 - ``chat``, ``completions``: the whole application as an ASGI callable, chunks thrown away.
 - ``uvicorn_chat``: the same behind uvicorn on 127.0.0.1, read by another process. Includes the server's work and
   the system calls that send each chunk.
@@ -23,7 +22,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import uvicorn
@@ -31,6 +30,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from cluster.api.app import create_app
+from cluster.api.client import ChunkSink
 from cluster.api.metrics import HttpMetrics
 from cluster.messages import GenerateRequest
 from workers.outputs import FinishReason, TokenChunk
@@ -45,10 +45,8 @@ class StubModel:
 
     def __init__(self, num_streams: int) -> None:
         self._num_streams = num_streams
-        self._queues: dict[str, tuple[list[TokenChunk], asyncio.Event]] = {}
+        self._streams: dict[str, tuple[ChunkSink, asyncio.Future[None]]] = {}
         self._full = asyncio.Event()
-        self._num_unread = 0
-        self._all_read = asyncio.Event()
 
     def lookup(self, name: str) -> StubModel:
         return self
@@ -56,22 +54,12 @@ class StubModel:
     def models(self) -> list[StubModel]:
         return [self]
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        queue: tuple[list[TokenChunk], asyncio.Event] = ([], asyncio.Event())
-        self._queues[request.request_id] = queue
-        if len(self._queues) == self._num_streams:
+    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
+        ended = asyncio.get_running_loop().create_future()
+        self._streams[request.request_id] = on_chunk, ended
+        if len(self._streams) == self._num_streams:
             self._full.set()
-        chunks, changed = queue
-        while True:
-            await changed.wait()
-            changed.clear()
-            chunk = chunks.pop()
-            yield chunk
-            self._num_unread -= 1
-            if not self._num_unread:
-                self._all_read.set()
-            if chunk.finish_reason is not None:
-                return
+        await ended
 
     async def run(self, num_tokens: int) -> float:
         """Wait for all streams, then play the steps; returns the CPU seconds that the steps took."""
@@ -80,14 +68,14 @@ class StubModel:
         for step in range(-_WARM_UP_TOKENS, num_tokens):
             if step == 0:
                 started_s = time.process_time()
-            self._num_unread = self._num_streams
-            self._all_read.clear()
             reason = FinishReason.LENGTH if step == num_tokens - 1 else None
-            for request_id, (chunks, changed) in self._queues.items():
-                chunks.append(TokenChunk(request_id, token_ids=[7], text=" token", finish_reason=reason))
-                changed.set()
-            await self._all_read.wait()
-        return time.process_time() - started_s
+            for request_id, (on_chunk, _) in self._streams.items():
+                on_chunk(TokenChunk(request_id, token_ids=[7], text=" token", finish_reason=reason))
+            await asyncio.sleep(0)  # a server sends at the end of a turn of the loop
+        seconds = time.process_time() - started_s
+        for _, ended in self._streams.values():
+            ended.set_result(None)
+        return seconds
 
 
 class TokenizedStub(StubModel):
@@ -120,12 +108,11 @@ def request_body(path: str, num_tokens: int) -> bytes:
 
 
 async def measure_stub(num_streams: int, num_tokens: int) -> float:
-    """The stub's streams, read by bare loops."""
+    """The stub's streams, with readers that do nothing."""
     stub = TokenizedStub(num_streams)
 
-    async def read(number: int) -> None:
-        async for _ in stub.stream(GenerateRequest(str(number), [1], None)):  # type: ignore[arg-type]  # not read
-            pass
+    def read(number: int) -> Coroutine[Any, Any, None]:
+        return stub.generate(GenerateRequest(str(number), [1], None), lambda chunk: None)  # type: ignore[arg-type]  # not read
 
     readers = [asyncio.create_task(read(number)) for number in range(num_streams)]
     seconds = await stub.run(num_tokens)

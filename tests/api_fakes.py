@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from cluster.admission.admission import Admission
 from cluster.api.app import create_app
+from cluster.api.client import ChunkSink
 from cluster.api.metrics import HttpMetrics
 from cluster.api.settings import ApiSettings
 from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
@@ -108,7 +109,7 @@ class FakeClient:
     async def deployment_state(self) -> DeploymentState | None:
         return self.deployment
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
+    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
         self.requests.append(request)
         self.open.add(request.request_id)
         is_first = True
@@ -126,8 +127,12 @@ class FakeClient:
                     chunk.num_cached_tokens, is_first = self.num_cached_tokens, False
                 if request.params.logprobs is not None and chunk.logprobs is None:
                     chunk.logprobs = [_logprobs(chunk.text, request.params.logprobs) for _ in chunk.token_ids]
-                yield chunk
-        except (GeneratorExit, asyncio.CancelledError):
+                try:
+                    on_chunk(chunk)
+                except Exception:
+                    self.aborted.append(request.request_id)
+                    raise
+        except asyncio.CancelledError:
             self.aborted.append(request.request_id)
             raise
         finally:

@@ -15,7 +15,7 @@ from cluster.api.prompts import TokenizedPrompt
 from cluster.api.protocol import ChatCompletionRequest
 from cluster.api.responses import AssistantMessage, ChatChoice, ChatCompletionResponse, ChatLogprobs
 from cluster.api.sampling import check_top_logprobs, resolve_max_tokens, sampling_params
-from cluster.api.sse import ChunkEnvelope, EventStreamResponse, fill, generation_events
+from cluster.api.sse import ChunkEnvelope, EventStreamResponse, fill
 from cluster.api.validation import parse_request
 from workers.outputs import TokenChunk
 from workers.sampling_params import SamplingParams
@@ -47,7 +47,7 @@ async def create_chat_completion(context: ApiContext, http_request: Request) -> 
             "system_fingerprint": context.settings.system_fingerprint,
         }
         envelope = ChunkEnvelope(head, include_usage=request.include_usage)
-        return EventStreamResponse(generation_events(generation, _ChatEncoder(envelope, request, prompt)))
+        return EventStreamResponse(generation, _ChatEncoder(envelope, request, prompt))
     chunks = await generation.collect()
     response = ChatCompletionResponse(
         id=arrival.id,

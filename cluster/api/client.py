@@ -1,11 +1,11 @@
-"""The seam to what is below the HTTP layer: models that turn a request into a stream of token chunks.
+"""The seam to what is below the HTTP layer: models that turn a request into token chunks.
 
 Implemented on Ray by the cluster and by a scripted fake in the tests. Knows nothing about HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
@@ -42,24 +42,8 @@ class Tokenizer(Protocol):
         ...
 
 
-class TokenStream(Protocol):
-    """One completion being generated: an async generator, or anything shaped like one.
-
-    The last chunk has a ``finish_reason``; ending without one is an error. ``aclose``, or cancelling
-    ``__anext__``, aborts the request and frees what it holds; after the last chunk ``aclose`` does nothing.
-    """
-
-    def __aiter__(self) -> AsyncIterator[TokenChunk]:
-        """Itself."""
-        ...
-
-    async def __anext__(self) -> TokenChunk:
-        """The next chunk."""
-        ...
-
-    async def aclose(self) -> None:
-        """Abort the request, unless it is finished."""
-        ...
+#: Receives the chunks of one completion in order, each as it comes. It must not block; what it raises ends the request.
+ChunkSink = Callable[[TokenChunk], None]
 
 
 class ModelClient(Protocol):
@@ -95,8 +79,11 @@ class ModelClient(Protocol):
         """Whether a replica is ready to serve (or, scaled to zero, would be started by a request)."""
         ...
 
-    def stream(self, request: GenerateRequest) -> TokenStream:
-        """Generate one completion. Errors come from the first ``__anext__`` or from any later one.
+    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
+        """Generate one completion; returns after its last chunk, the one with a ``finish_reason``.
+
+        Chunks are pushed, not pulled: waking a task for every token costs more than all that is done with the token.
+        Cancelling aborts the request and frees what it holds.
 
         Raises:
             QueueFullError: Every replica's queue is full.

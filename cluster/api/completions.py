@@ -13,7 +13,7 @@ from cluster.api.prompts import TokenizedPrompt
 from cluster.api.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from cluster.api.responses import CompletionChoice, CompletionLogprobs, CompletionResponse
 from cluster.api.sampling import check_top_logprobs, resolve_max_tokens, sampling_params
-from cluster.api.sse import ChunkEnvelope, EventStreamResponse, fill, generation_events
+from cluster.api.sse import ChunkEnvelope, EventStreamResponse, fill
 from cluster.api.validation import parse_request
 from workers.outputs import TokenChunk
 from workers.sampling_params import SamplingParams
@@ -49,7 +49,7 @@ async def create_completion(context: ApiContext, http_request: Request) -> Respo
     }
     if request.stream:
         envelope = ChunkEnvelope(head, include_usage=request.include_usage)
-        return EventStreamResponse(generation_events(generation, _CompletionEncoder(envelope, choices)))
+        return EventStreamResponse(generation, _CompletionEncoder(envelope, choices))
     chunks = await generation.collect()
     response = CompletionResponse(
         id=arrival.id,

@@ -1,4 +1,4 @@
-"""All completions of one HTTP request, generated in parallel and merged into one stream of chunks.
+"""All completions of one HTTP request, generated in parallel, their chunks handed on as they come.
 
 Counts tokens, feeds the metrics, and turns a completion that failed or was cut off into an error. Knows nothing
 about JSON or HTTP.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 
 from cluster.admission.admission import Caller
 from cluster.admission.deadline import TIMEOUT_HEADER
 from cluster.admission.errors import DeadlineExceededError
-from cluster.api.client import ModelClient
+from cluster.api.client import ChunkSink, ModelClient
 from cluster.api.errors import GenerationFailedError
 from cluster.api.metrics import ModelMetrics
 from cluster.api.responses import PromptTokensDetails, Usage
@@ -22,10 +21,8 @@ from cluster.messages import GenerateRequest
 from workers.errors import EngineDeadError, QueueFullError, UserError
 from workers.outputs import FinishReason, TokenChunk, join_chunks
 
-#: A choice's index and what it got.
-_Chunk = tuple[int, TokenChunk]
-#: The same on its way; None when it ended; an error when it failed.
-_Item = tuple[int, TokenChunk | Exception | None]
+#: Receives a choice's index and what it got.
+ChoiceSink = Callable[[int, TokenChunk], None]
 
 
 class Generation:
@@ -65,9 +62,10 @@ class Generation:
         self._num_generated_tokens = 0
         self._num_cached_tokens = 0
         self._num_read_tokens = 0
+        self._is_unread = False  # the reader failed, say because its client has gone
 
-    async def chunks(self) -> AsyncGenerator[tuple[int, TokenChunk], None]:
-        """Every choice's chunks with its index, as they come. Closing it aborts what is still generated.
+    async def run(self, on_chunk: ChoiceSink) -> None:
+        """Generate all choices; ``on_chunk`` gets every chunk with its choice's index. Cancelling aborts them.
 
         Raises:
             QueueFullError, EngineDeadError, UserError: From the model; the other choices are aborted.
@@ -77,33 +75,25 @@ class Generation:
         """
         num_charged = sum(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in self.requests)
         self._caller.take_tokens(num_charged)
-        has_deadline = self._caller.time_left_s() is not None
         try:
-            async with aclosing(_merge(self._client, self.requests)) as merged:
-                async for index, chunk in self._until_deadline(merged) if has_deadline else merged:
-                    if self._discard_output:
-                        _discard_output(chunk)
-                    self._account(index, chunk)
-                    yield index, chunk
+            await self._run_until_deadline(on_chunk)
             if self._unfinished:
                 raise EngineDeadError("The stream of tokens ended before the completion was finished; try again.")
-        except (GeneratorExit, asyncio.CancelledError, DeadlineExceededError):
+        except (asyncio.CancelledError, DeadlineExceededError):
             self._metrics.finished["abort"].inc(len(self._unfinished))
             raise
         except (QueueFullError, UserError):
             raise  # refused, not failed: the HTTP status counts it
         except Exception:
-            self._metrics.finished["error"].inc(len(self._unfinished))
+            self._metrics.finished["abort" if self._is_unread else "error"].inc(len(self._unfinished))
             raise
         finally:
             self._caller.give_back_tokens(num_charged - self._num_read_tokens - self._num_generated_tokens)
 
     async def collect(self) -> list[TokenChunk]:
-        """Every choice as one chunk. Raises what :meth:`chunks` raises."""
+        """Every choice as one chunk. Raises what :meth:`run` raises."""
         parts: list[list[TokenChunk]] = [[] for _ in self.requests]
-        async with aclosing(self.chunks()) as chunks:
-            async for index, chunk in chunks:
-                parts[index].append(chunk)
+        await self.run(lambda index, chunk: parts[index].append(chunk))
         return [join_chunks(chunks_of_choice) for chunks_of_choice in parts]
 
     def usage(self) -> Usage:
@@ -115,20 +105,47 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached_tokens),
         )
 
-    async def _until_deadline(self, chunks: AsyncGenerator[_Chunk, None]) -> AsyncGenerator[_Chunk, None]:
-        """The chunks; raises if the caller's time is over while the next one is waited for."""
-        while True:
+    async def _run_until_deadline(self, on_chunk: ChoiceSink) -> None:
+        try:
+            async with asyncio.timeout(self._caller.time_left_s()) as deadline:
+                await self._run_all([self._sink(index, on_chunk) for index in range(len(self.requests))])
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise DeadlineExceededError(
+                f"The request's deadline has passed after {self._num_generated_tokens} tokens; ask for fewer, or "
+                f"allow more time with {TIMEOUT_HEADER}."
+            ) from None
+
+    async def _run_all(self, sinks: list[ChunkSink]) -> None:
+        if len(sinks) == 1:
+            await self._client.generate(self.requests[0], sinks[0])
+            return
+        choices = [
+            asyncio.create_task(self._client.generate(request, sink))
+            for request, sink in zip(self.requests, sinks, strict=True)
+        ]
+        try:
+            await asyncio.gather(*choices)
+        finally:
+            for choice in choices:
+                choice.cancel()
+            await asyncio.gather(*choices, return_exceptions=True)
+
+    def _sink(self, index: int, on_chunk: ChoiceSink) -> ChunkSink:
+        """Where a choice's chunks go."""
+
+        def receive(chunk: TokenChunk) -> None:
+            if self._discard_output:
+                _discard_output(chunk)
+            self._account(index, chunk)
             try:
-                async with asyncio.timeout(self._caller.time_left_s()):
-                    item = await anext(chunks)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise DeadlineExceededError(
-                    f"The request's deadline has passed after {self._num_generated_tokens} tokens; ask for fewer, or "
-                    f"allow more time with {TIMEOUT_HEADER}."
-                ) from None
-            yield item
+                on_chunk(index, chunk)
+            except Exception:
+                self._is_unread = True
+                raise
+
+        return receive
 
     def _account(self, index: int, chunk: TokenChunk) -> None:
         num_tokens = len(chunk.token_ids)
@@ -164,42 +181,3 @@ def _discard_output(chunk: TokenChunk) -> None:
     chunk.token_ids, chunk.text, chunk.logprobs, chunk.stop_reason = [], "", None, None
     if chunk.finish_reason is FinishReason.STOP:
         chunk.finish_reason = FinishReason.LENGTH
-
-
-async def _merge(
-    client: ModelClient, requests: Sequence[GenerateRequest]
-) -> AsyncGenerator[tuple[int, TokenChunk], None]:
-    """Chunks of all requests, each with its request's position."""
-    if len(requests) == 1:
-        async with aclosing(client.stream(requests[0])) as stream:
-            async for chunk in stream:
-                yield 0, chunk
-        return
-    queue: asyncio.Queue[_Item] = asyncio.Queue()
-    pumps = [asyncio.create_task(_pump(client, index, request, queue)) for index, request in enumerate(requests)]
-    try:
-        num_open = len(pumps)
-        while num_open:
-            index, item = await queue.get()
-            if item is None:
-                num_open -= 1
-            elif isinstance(item, Exception):
-                raise item
-            else:
-                yield index, item
-    finally:
-        for pump in pumps:
-            pump.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-async def _pump(client: ModelClient, index: int, request: GenerateRequest, queue: asyncio.Queue[_Item]) -> None:
-    """Move one stream into the queue. The queue is bounded by ``max_tokens`` alone."""
-    try:
-        async with aclosing(client.stream(request)) as stream:
-            async for chunk in stream:
-                queue.put_nowait((index, chunk))
-    except Exception as error:  # noqa: BLE001  # raised again by the reader of the queue
-        queue.put_nowait((index, error))
-    else:
-        queue.put_nowait((index, None))

@@ -6,21 +6,24 @@ to ASCII, because some clients split lines at every Unicode line separator. Know
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from json.encoder import encode_basestring_ascii
 from typing import Any, Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from cluster.api.eager import start_eagerly
 from cluster.api.errors import to_api_error
 from cluster.api.generation import Generation
 from cluster.api.responses import Usage
-from workers.outputs import TokenChunk
+from workers.outputs import TokenChunk, join_chunks
 
 _DONE = b"data: [DONE]\n\n"
+#: Chunks held for a client that is behind, per choice, before they are put together: what is held is bounded by
+#: ``max_tokens``, and is one chunk, not one per token.
+_MAX_HELD = 64
 
 
 class ChunkEnvelope:
@@ -71,20 +74,8 @@ class ChunkEncoder(Protocol):
         ...
 
 
-async def generation_events(generation: Generation, encoder: ChunkEncoder) -> AsyncGenerator[bytes, None]:
-    """The events of a generation. Closing it aborts the generation."""
-    async with aclosing(generation.chunks()) as chunks:
-        async for index, chunk in chunks:
-            events = encoder.encode(index, chunk)
-            if events:
-                yield events
-    usage = encoder.envelope.usage(generation.usage())
-    if usage:
-        yield usage
-
-
 class EventStreamResponse(Response):
-    """Sends events as they come, then ``[DONE]``.
+    """Sends the events of a generation as they come, then ``[DONE]``.
 
     An error before the first event leaves the response unstarted, so that it becomes an HTTP status; a later one
     ends the stream with an error event and no ``[DONE]``. A client that leaves is the middleware's to notice.
@@ -92,23 +83,93 @@ class EventStreamResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, generation: Generation, encoder: ChunkEncoder) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._generation = generation
+        self._encoder = encoder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            body = await anext(events)
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            while True:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-                try:
-                    body = await anext(events)
-                except StopAsyncIteration:
-                    last = _DONE
-                    break
-                except Exception as error:  # noqa: BLE001  # the status is sent: the stream itself must tell
-                    last = f"data: {_dump(to_api_error(error).body())}\n\n".encode()
-                    break
-            await send({"type": "http.response.body", "body": last, "more_body": False})
+        start: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        writer = _EventWriter(start, send, self._encoder)
+        try:
+            try:
+                await self._generation.run(writer.put)
+            except Exception as error:
+                if not writer.has_begun or writer.has_failed:
+                    raise
+                last = f"data: {_dump(to_api_error(error).body())}\n\n".encode()  # the status is sent
+            else:
+                last = self._encoder.envelope.usage(self._generation.usage()) + _DONE
+            await writer.close(last)
+        finally:
+            writer.abandon()
+
+
+class _EventWriter:
+    """Sends events without waiting for the client: what comes while it is behind is held and put together.
+
+    Args:
+        start: The message that begins the response, sent before the first event.
+        send: The server's.
+        encoder: Makes the events.
+
+    Attributes:
+        has_begun: The response's status is sent, or about to be.
+        has_failed: Sending failed: there is nobody to tell anything.
+    """
+
+    def __init__(self, start: Message, send: Send, encoder: ChunkEncoder) -> None:
+        self.has_begun = False
+        self.has_failed = False
+        self._start = start
+        self._send = send
+        self._encode = encoder.encode
+        self._sending: asyncio.Task[None] | None = None
+        self._held: dict[int, list[TokenChunk]] = {}
+
+    def put(self, index: int, chunk: TokenChunk) -> None:
+        """Send the events of a choice's chunk, or hold it until the client has taken what was sent before.
+
+        Raises:
+            Exception: What the server raised, now or since the last call.
+        """
+        if self._sending is not None:
+            if not self._sending.done():
+                self._hold(index, chunk)
+                return
+            self._sending.result()
+        events = self._encode(index, chunk)
+        if events:
+            self._sending = start_eagerly(self._write(events))
+
+    async def close(self, last: bytes) -> None:
+        """Send what is held, then ``last``, and end the response."""
+        if self._sending is not None:
+            await self._sending
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def abandon(self) -> None:
+        """Stop sending, if something still waits for the client."""
+        if self._sending is not None:
+            self._sending.cancel()
+
+    async def _write(self, events: bytes) -> None:
+        try:
+            if not self.has_begun:
+                self.has_begun = True
+                await self._send(self._start)
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
+            while self._held:
+                held, self._held = self._held, {}
+                events = b"".join([self._encode(index, join_chunks(chunks)) for index, chunks in held.items()])
+                await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        except Exception:
+            self.has_failed = True
+            raise
+
+    def _hold(self, index: int, chunk: TokenChunk) -> None:
+        held = self._held.setdefault(index, [])
+        held.append(chunk)
+        if len(held) > _MAX_HELD:
+            self._held[index] = [join_chunks(held)]

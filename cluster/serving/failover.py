@@ -35,13 +35,18 @@ class ReplicaLostError(EngineDeadError):
 
 
 class ResumableRequest:
-    """A request, and the part of its output that was handed out."""
+    """A request, and the part of its output that was handed out.
+
+    Attributes:
+        is_finished: Its last chunk was handed out.
+    """
 
     def __init__(self, request: GenerateRequest) -> None:
         self._request = dataclasses.replace(request, params=_with_seed(request.params))
         self._token_ids = [*request.resume_token_ids]
         self._num_attempts = 0
         self._has_begun = False
+        self.is_finished = False
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +86,7 @@ class ResumableRequest:
             if self._has_begun:
                 chunk.num_cached_tokens = chunk.prompt_logprobs = None
         self._has_begun = True
+        self.is_finished = chunk.finish_reason is not None
 
 
 def _with_seed(params: SamplingParams) -> SamplingParams:

@@ -1,6 +1,6 @@
 """The replicas of one model as an ingress sees them.
 
-Keeps a link to every replica, spreads requests over them by a policy, and gives every request one iterator of chunks,
+Keeps a link to every replica, spreads requests over them by a policy, and hands out every request's chunks in order,
 whatever becomes of the replicas that produce them. Knows links and policies; knows nothing about HTTP or text.
 """
 
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from cluster.api.client import ChunkSink
 from cluster.config import ReplicaConfig
 from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
 from cluster.routing import running_replicas
@@ -94,10 +95,10 @@ class Fleet:
         """Requests that wait here for a place at a replica."""
         return self._gate.num_waiting
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Run a request on a replica of the policy's choice and yield its chunks; closing the iterator aborts it.
+    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
+        """Run a request on a replica of the policy's choice; ``on_chunk`` gets its chunks. Cancelling aborts it.
 
-        If the replica is lost the request goes on elsewhere, from the last token that was yielded.
+        If the replica is lost the request goes on elsewhere, from the last token that was handed out.
 
         Raises:
             QueueFullError: Every replica's queue is full.
@@ -106,26 +107,31 @@ class Fleet:
             EngineDeadError: No replica became ready in time.
         """
         resumable = ResumableRequest(request)
-        is_finished = False
-        while not is_finished:
+        while not resumable.is_finished:
             async with self._suspects.turn(resumable) as end_turn:
-                attempt = resumable.next_attempt()
-                link, stream = await self._submit(attempt)
                 try:
-                    while not is_finished:
-                        chunk = await stream.get()
-                        if chunk.finish_reason is FinishReason.ERROR:
-                            raise ReplicaLostError(chunk.error or "The engine stopped.", link.connection_id)
-                        is_finished = chunk.finish_reason is not None
-                        resumable.accept(chunk)
-                        if self._suspects.has_any and self._suspects.is_cleared(resumable, is_finished=is_finished):
-                            end_turn()
-                        yield chunk
+                    await self._attempt(resumable, end_turn, on_chunk)
                 except ReplicaLostError as lost:
                     self._suspects.note_death(resumable, lost.death)
-                finally:
-                    link.release(attempt.request_id, abort=not is_finished)
         self._gate.finish(request, resumable.num_tokens)
+
+    async def _attempt(self, resumable: ResumableRequest, end_turn: Callable[[], None], on_chunk: ChunkSink) -> None:
+        """Run a request on one replica, to its end if the replica lives to see it."""
+        attempt = resumable.next_attempt()
+        link, stream = await self._submit(attempt)
+
+        def receive(chunk: TokenChunk) -> None:
+            if chunk.finish_reason is FinishReason.ERROR:
+                raise ReplicaLostError(chunk.error or "The engine stopped.", link.connection_id)
+            resumable.accept(chunk)
+            if self._suspects.has_any and self._suspects.is_cleared(resumable):
+                end_turn()
+            on_chunk(chunk)
+
+        try:
+            await stream.read(receive)
+        finally:
+            link.release(attempt.request_id, abort=not resumable.is_finished)
 
     async def stats(self) -> dict[str, Any]:
         """Every connected replica's ``EngineStats``, by replica id; replicas that do not answer are left out."""

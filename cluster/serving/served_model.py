@@ -6,15 +6,15 @@ Implements ``cluster.api.client``'s seam on top of a :class:`Fleet`. Knows no HT
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 
+from cluster.api.client import ChunkSink
 from cluster.config import ModelDeployment
 from cluster.messages import DeploymentState, GenerateRequest, ReplicaStatus
 from cluster.serving.fleet import Fleet
 from workers.checkpoint.resolve import resolve_model
 from workers.errors import UnknownModelError
 from workers.model.config import ModelConfig
-from workers.outputs import TokenChunk
 from workers.tokenizer.tokenizer import Tokenizer
 
 
@@ -49,9 +49,9 @@ class ServedModel:
         """Whether a replica is connected, or would be started by a request."""
         return self._starts_on_demand or bool(self.fleet.snapshots)
 
-    def stream(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Generate one completion on a replica; see :meth:`Fleet.stream`."""
-        return self.fleet.stream(request)
+    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
+        """Generate one completion on a replica; see :meth:`Fleet.generate`."""
+        await self.fleet.generate(request, on_chunk)
 
     async def status(self) -> dict[str, ReplicaStatus]:
         """Every connected replica's account of itself, by replica id."""

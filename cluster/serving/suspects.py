@@ -72,12 +72,12 @@ class Suspects:
         while len(self._records) > _MEMORY_REQUESTS:
             self._records.popitem(last=False)
 
-    def is_cleared(self, request: ResumableRequest, *, is_finished: bool) -> bool:
+    def is_cleared(self, request: ResumableRequest) -> bool:
         """Whether nothing is held against a request that has just made progress (any more)."""
         record = self._records.get(request.digest)
         if record is None:
             return True
-        if not is_finished and request.num_tokens <= record.num_tokens + _MARGIN_TOKENS:
+        if not request.is_finished and request.num_tokens <= record.num_tokens + _MARGIN_TOKENS:
             return False
         del self._records[request.digest]
         return True

@@ -1,53 +1,72 @@
-"""The chunks of one request on their way from a replica's step messages to the task that reads them.
+"""The chunks of one attempt of a request on their way from a replica's step messages to whoever reads them.
 
-A reader that falls behind gets several chunks as one; what waits is bounded by the request's ``max_tokens``, and kept
-as one chunk, not as one per token. Knows nothing about where chunks come from.
+They are pushed: a reader is called from the loop that takes in the step message, since to wake a task for every token
+costs more than all that is done with the token. Knows nothing about where chunks come from.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from workers.outputs import TokenChunk, join_chunks
-
-#: Unread chunks that are put together.
-_MAX_UNREAD = 64
+from cluster.api.client import ChunkSink
+from workers.outputs import TokenChunk
 
 
 class TokenStream:
-    """The chunks of one attempt, waiting for their reader."""
+    """The chunks of one attempt. They wait here until somebody reads, since the replica's reply may come after them."""
 
-    __slots__ = ("_chunks", "_error", "_reader")
+    __slots__ = ("_early", "_ended", "_error", "_is_over", "_sink")
 
     def __init__(self) -> None:
-        self._chunks: list[TokenChunk] = []
+        self._early: list[TokenChunk] = []
+        self._sink: ChunkSink | None = None
+        self._ended: asyncio.Future[None] | None = None
         self._error: Exception | None = None
-        self._reader: asyncio.Future[None] | None = None
+        self._is_over = False
 
     def put(self, chunk: TokenChunk) -> None:
-        """Add what a step brought."""
-        self._chunks.append(chunk)
-        if len(self._chunks) > _MAX_UNREAD:
-            self._chunks = [join_chunks(self._chunks)]
-        self._wake()
+        """Hand on what a step brought; an error of the reader ends the stream, and is raised where it reads."""
+        if self._is_over:
+            return
+        if self._sink is None:
+            self._early.append(chunk)
+            return
+        try:
+            self._sink(chunk)
+        except Exception as error:  # noqa: BLE001  # raised again by read()
+            self.fail(error)
+        else:
+            if chunk.finish_reason is not None:
+                self._end()
 
     def fail(self, error: Exception) -> None:
         """End the stream: the reader gets what is there, then the error."""
-        self._error = error
-        self._wake()
+        if not self._is_over:
+            self._error = error
+            self._end()
 
-    async def get(self) -> TokenChunk:
-        """What arrived since the last call; waits for at least one chunk, raises what :meth:`fail` was given."""
-        if not self._chunks:
-            if self._error is None:
-                self._reader = asyncio.get_running_loop().create_future()
-                await self._reader
-            if not self._chunks:
-                assert self._error is not None
-                raise self._error
-        chunks, self._chunks = self._chunks, []
-        return chunks[0] if len(chunks) == 1 else join_chunks(chunks)
+    async def read(self, sink: ChunkSink) -> None:
+        """Hand every chunk to ``sink``, until the last one.
 
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        Raises:
+            Exception: What :meth:`fail` was given, or what ``sink`` raised.
+        """
+        for chunk in self._early:
+            sink(chunk)
+            if chunk.finish_reason is not None:
+                return
+        self._early.clear()
+        if not self._is_over:
+            self._sink = sink
+            self._ended = asyncio.get_running_loop().create_future()
+            try:
+                await self._ended
+            finally:
+                self._is_over = True
+        if self._error is not None:
+            raise self._error
+
+    def _end(self) -> None:
+        self._is_over = True
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)

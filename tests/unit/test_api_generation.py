@@ -594,10 +594,12 @@ async def test_a_connection_that_breaks_while_sending_aborts_the_request() -> No
     async with Broken.post(api, "/v1/completions", stream=True) as exchange:
         await exchange.finished()
     assert len(api.model.aborted) == 1
+    assert api.metric("warmgraph_request_success_total", model_name="fake", finished_reason="abort") == 1
 
 
 async def test_a_client_that_takes_nothing_is_given_up_and_its_request_aborted() -> None:
-    api = make_api(lambda request: ["Hello", "world"] * 1000, settings=ApiSettings(stalled_client_s=0.1))
+    script: list[Step] = ["Hello", "world", asyncio.Event()]
+    api = make_api(lambda request: script, settings=ApiSettings(stalled_client_s=0.1))
 
     class Stalled(Exchange):
         async def _send(self, message: Any) -> None:
@@ -609,6 +611,51 @@ async def test_a_client_that_takes_nothing_is_given_up_and_its_request_aborted()
         await exchange.finished()
     assert len(api.model.aborted) == 1
     assert api.metric("warmgraph_http_requests_total", method="POST", endpoint="/v1/completions", status="499") == 1
+
+
+async def test_a_client_that_is_behind_gets_everything_in_few_events_and_stops_nobody() -> None:
+    caught_up = asyncio.Event()
+    api = make_api(lambda request: [str(number) + " " for number in range(1000)] + [finish("end")])
+
+    class Behind(Exchange):
+        async def _send(self, message: Any) -> None:
+            if "1 " in self.text:
+                await caught_up.wait()
+            await super()._send(message)
+
+    async with Behind.post(api, "/v1/chat/completions", stream=True, n=2) as exchange:
+        await until(lambda: api.model.requests and not api.model.open)
+        assert exchange.text.count("data: ") < 10
+        caught_up.set()
+        await exchange.finished()
+    events = events_of(exchange.text)
+    assert len(events) < 20
+    for index in range(2):
+        own = [e["choices"][0] for e in events[:-1] if e["choices"][0]["index"] == index]
+        text = "".join(choice["delta"].get("content", "") for choice in own)
+        assert text == "".join(f"{number} " for number in range(1000)) + "end"
+        assert own[-1]["finish_reason"] == "stop"
+
+
+async def test_a_connection_that_breaks_while_the_client_is_behind_aborts_the_request() -> None:
+    breaks = asyncio.Event()
+    goes_on = asyncio.Event()
+    api = make_api(lambda request: ["Hello", "world", goes_on, "again", asyncio.Event()])
+
+    class Broken(Exchange):
+        async def _send(self, message: Any) -> None:
+            if "Hello" in self.text:
+                await breaks.wait()
+                raise OSError("broken pipe")
+            await super()._send(message)
+
+    async with Broken.post(api, "/v1/completions", stream=True) as exchange:
+        await exchange.wait_for("Hello")
+        breaks.set()
+        await asyncio.sleep(0.01)
+        goes_on.set()
+        await exchange.finished()
+    assert len(api.model.aborted) == 1
 
 
 # --- the event loop --------------------------------------------------------------------------------------------------

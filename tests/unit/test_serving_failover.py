@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import aclosing
 
 import pytest
 
@@ -24,8 +23,9 @@ def make_request(name: str, params: SamplingParams = GREEDY) -> GenerateRequest:
 
 
 async def collect(cluster: FakeCluster, request: GenerateRequest) -> list[TokenChunk]:
-    async with aclosing(cluster.fleet.stream(request)) as chunks:
-        return [chunk async for chunk in chunks]
+    chunks: list[TokenChunk] = []
+    await cluster.fleet.generate(request, chunks.append)
+    return chunks
 
 
 def tokens_of(chunks: list[TokenChunk]) -> list[int]:
@@ -148,25 +148,28 @@ async def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
 async def test_a_client_that_leaves_while_its_replica_drains_is_aborted() -> None:
     cluster = FakeCluster(round_robin)
     replica = await cluster.start_replica()
-    stream = cluster.fleet.stream(make_request("gone", SamplingParams(temperature=0.0, max_tokens=10_000)))
-    await anext(stream)
+    task = asyncio.create_task(collect(cluster, make_request("gone", SamplingParams(max_tokens=10_000))))
+    await until(lambda: any(position > 1 for *_, position in replica.running.values()))
     cluster.remove(replica)
     await asyncio.sleep(0.01)
-    await stream.aclose()
+    task.cancel()
     await until(lambda: "gone" in replica.aborted)
     assert not replica.running
 
 
-async def test_a_reader_that_falls_behind_gets_everything_in_few_chunks() -> None:
+async def test_a_reader_that_raises_ends_its_own_request_and_no_other() -> None:
     cluster = FakeCluster(round_robin)
-    await cluster.start_replica()
-    request = make_request("slow", SamplingParams(temperature=0.0, max_tokens=300))
-    stream = cluster.fleet.stream(request)
-    chunks = [await anext(stream)]
-    await asyncio.sleep(0.7)
-    chunks += [chunk async for chunk in stream]
-    assert_is_undisturbed(request, chunks)
-    assert len(chunks) < 100
+    replica = await cluster.start_replica()
+    request = make_request("good", SamplingParams(temperature=0.0, max_tokens=100))
+    good = asyncio.create_task(collect(cluster, request))
+
+    def refuse(chunk: TokenChunk) -> None:
+        raise ZeroDivisionError("the reader's own")
+
+    with pytest.raises(ZeroDivisionError, match="the reader's own"):
+        await cluster.fleet.generate(make_request("bad", SamplingParams(max_tokens=10_000)), refuse)
+    await until(lambda: replica.aborted == ["bad"])
+    assert_is_undisturbed(request, await good)
 
 
 # --- poison ----------------------------------------------------------------------------------------------------------

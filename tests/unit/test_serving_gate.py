@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 import pytest
 
@@ -15,6 +14,7 @@ from cluster.serving.gate import Gate
 from tests.fleet_fakes import FakeCluster, until
 from tests.replica_states import replica_state
 from workers.errors import EngineDeadError, QueueFullError
+from workers.outputs import TokenChunk
 from workers.sampling_params import SamplingParams
 
 
@@ -140,9 +140,7 @@ async def test_choices_of_a_request_go_in_parts_that_fit_one_call_for_each() -> 
     await until(lambda: {s.state.max_num_seqs for s in cluster.fleet.snapshots} == {4, 8})
 
     async def run(number: int) -> None:
-        async with contextlib.aclosing(cluster.fleet.stream(request(str(number), max_tokens=50))) as stream:
-            async for _ in stream:
-                pass
+        await cluster.fleet.generate(request(str(number), max_tokens=50), lambda chunk: None)
 
     choices = [asyncio.create_task(run(number)) for number in range(12)]
     await until(lambda: sum(len(replica.received) for replica in replicas) == 12)
@@ -159,8 +157,9 @@ async def test_a_fleet_never_sends_more_than_a_replica_has_places() -> None:
     await until(lambda: all(s.state.max_num_seqs == 4 for s in cluster.fleet.snapshots))
 
     async def run(number: int) -> int:
-        async with contextlib.aclosing(cluster.fleet.stream(request(str(number), max_tokens=5))) as stream:
-            return sum([len(chunk.token_ids) async for chunk in stream])
+        chunks: list[TokenChunk] = []
+        await cluster.fleet.generate(request(str(number), max_tokens=5), chunks.append)
+        return sum(len(chunk.token_ids) for chunk in chunks)
 
     assert await asyncio.gather(*(run(number) for number in range(60))) == [5] * 60
     assert all(0 < replica.most_running <= 6 for replica in replicas)
