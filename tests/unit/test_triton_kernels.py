@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,15 @@ def test_a_new_node_gets_what_another_compiled(library: ArtifactLibrary, tmp_pat
     os.environ.pop("TRITON_CACHE_DIR")
     assert first.restore() == 1
     assert {path.name for path in first.folder.iterdir()} == {"HASH1", "HASH2", "HASH3"}
+
+
+def test_modules_that_launch_kernels_travel_too(library: ArtifactLibrary, tmp_path: Path) -> None:
+    first = node(library, tmp_path / "one")
+    (first.folder / "HASH1").mkdir()
+    module = f"HASH1/cuda_utils{sysconfig.get_config_var('EXT_SUFFIX')}"
+    (first.folder / module).write_bytes(b"\x7fELF")
+    assert first.publish()
+    assert (node(library, tmp_path / "two").folder / module).read_bytes() == b"\x7fELF"
 
 
 def test_what_an_earlier_process_of_the_node_compiled_is_published_too(

@@ -1,6 +1,7 @@
 """Kernels that Triton compiles outside of pieces (attention, cache writes, sampling), kept with the bundle.
 
-Triton keeps what it compiled as files in a folder. An engine gives it a folder of its own, named after the bundle's
+Triton keeps what it compiled as files in a folder: kernels, and the small extension modules that launch them, for which
+it calls a C compiler. An engine gives it a folder of its own, named after the bundle's
 key, so that everything in it belongs to this configuration, whichever process of the node compiled it. A new node
 unpacks what others published before the first kernel is launched; once nothing else is to be done, what was compiled
 since is published. Knows files and bundles; imports no Triton.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sysconfig
 import tempfile
 import threading
 from pathlib import Path
@@ -32,6 +34,9 @@ _VARIABLE = "TRITON_CACHE_DIR"
 #: Files that describe a kernel name the others by absolute path; this stands for the folder while they travel.
 _FOLDER = b"{WARMGRAPH_TRITON_FOLDER}"
 _GROUP_PREFIX = "__grp__"
+
+#: How the names of extension modules end that this Python can import; one that it cannot load, Triton builds again.
+_MODULE_SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 
 
 class TritonKernels:
@@ -97,9 +102,12 @@ class TritonKernels:
         return self._library.publish(self._key, [Addition(Kind.TRITON, NAME, data)], bundle) is not None
 
     def _compiled(self) -> frozenset[str]:
-        """Names of the folders, one per kernel and specialisation, that are complete."""
-        groups = self.folder.glob(f"*/{_GROUP_PREFIX}*") if self.folder.is_dir() else ()
-        return frozenset(path.parent.name for path in groups)
+        """Names of the folders, one per specialised kernel or module, that are complete."""
+        if not self.folder.is_dir():
+            return frozenset()
+        # Of a kernel's files the group's is the last; a module is one file, which appears whole.
+        last = (*self.folder.glob(f"*/{_GROUP_PREFIX}*"), *self.folder.glob(f"*/*{_MODULE_SUFFIX}"))
+        return frozenset(path.parent.name for path in last)
 
     def _files(self) -> dict[str, bytes]:
         place = str(self.folder).encode()
