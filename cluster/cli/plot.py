@@ -185,5 +185,18 @@ def _decorate(axes: Axes, chart: Chart) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if len(chart.series) > 1:
+    if len(chart.series) > 1 and chart.kind == "lines":
         axes.legend(frameon=False, fontsize=9)
+    elif len(chart.series) > 1:
+        # Bars leave no free place inside; the title makes room for a row above them.
+        axes.set_title(chart.title, loc="left", fontsize=12, fontweight="bold", pad=22)
+        axes.legend(
+            frameon=False,
+            fontsize=9,
+            loc="lower left",
+            bbox_to_anchor=(-0.01, 0.99),
+            ncols=len(chart.series),
+            borderaxespad=0,
+            columnspacing=1.2,
+            handlelength=1.2,
+        )

@@ -72,6 +72,16 @@ def test_a_gpus_crossover_is_predicted_from_small_batches(launching_us: float) -
     assert 0.5 < crossover.predicted / crossover.measured < 2
 
 
+def test_kernels_of_one_rows_own_do_not_bend_the_prediction() -> None:
+    """Llama-8B on an H100: a single row is faster than the line of all others."""
+    single_us = (6296, 9990, 11836, 10083, 10029, 9487, 10778, 11346, 10727)
+    replayed_us = (5722, 6133, 6170, 6218, 6364, 6569, 6893, 7728, 10337)
+    rows = [Comparison(*row) for row in zip(BATCHES[:9], single_us, replayed_us, strict=True)]
+    crossover = find_crossover(rows, launches_overlap=True)
+    assert crossover.measured == pytest.approx(232, abs=2)
+    assert crossover.predicted == pytest.approx(166, abs=2)
+
+
 def test_a_cpus_launches_add_to_the_work() -> None:
     rows = [Comparison(batch, 5.0 + 20.0 + 2.0 * batch, 20.0 + 2.0 * batch) for batch in (1, 2, 4, 8, 16, 32)]
     crossover = find_crossover(rows, launches_overlap=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -253,13 +254,15 @@ def _floor_text(step: StepMeasurement, limit: Limit) -> str:
 
 
 def _line(points: Sequence[tuple[float, float]]) -> Callable[[float], float]:
-    """A least-squares line through points, made flat where it would fall."""
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
-    slope = max(0.0, covariance / spread) if spread else 0.0
-    return lambda x: mean_y + slope * (x - mean_x)
+    """A line through points, made flat where it would fall, that a few points off the line do not bend.
+
+    One row takes kernels of its own, so the smallest batch is often such a point. Slope and height are the medians over
+    pairs and points (Theil, 1950; Sen, 1968).
+    """
+    slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(points, 2) if x1 != x2]
+    slope = max(0.0, statistics.median(slopes)) if slopes else 0.0
+    height = statistics.median(y - slope * x for x, y in points)
+    return lambda x: height + slope * x
 
 
 def _measured_crossover(rows: Sequence[Comparison]) -> int | None:
