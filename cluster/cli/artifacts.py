@@ -19,10 +19,13 @@ from rich.table import Table
 from cluster.cli import artifacts_manage
 from cluster.cli.artifact_options import ConfigFile, Json, Key, Store, StoreOption, Trusted, open_library, store_errors
 from cluster.cli.options import ConfigPath, ModelName, Overrides
+from cluster.cli.output import count_of, print_table
 from cluster.config import DeploymentConfig
 from workers.artifacts.catalog import Row, describe, find_key, list_bundles
 from workers.artifacts.catalog import verify as verify_bundle
+from workers.artifacts.errors import Refusal
 from workers.artifacts.explain import Difference, Explanation
+from workers.errors import ConfigError
 
 app = typer.Typer(name="artifacts", help="Look at and manage compiled artifacts.", no_args_is_help=True)
 artifacts_manage.add_commands(app)
@@ -46,14 +49,12 @@ def ls_command(
         print(json.dumps({"store": library.store.url, "bundles": [dataclasses.asdict(row) for row in rows]}, indent=2))
         return
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{library.store.url}: {len(rows)} bundles", markup=False)
-    table = Table(box=None, pad_edge=False)
-    for name in ("key", "status", "model", "device", "formats", "size", "built in", "last use", ""):
-        table.add_column(name, no_wrap=name not in ("model", ""), overflow="fold", min_width=0 if name else 24)
+    console.print(f"{library.store.url}: {count_of(len(rows), 'bundle')}", markup=False)
+    table = Table("key", "status", "model", "device", "formats", "size", "built in", "last use", "", box=None)
     for row in rows:
         table.add_row(*map(escape, _cells(row)))
     if rows:
-        console.print(table)
+        print_table(table)
 
 
 @app.command("show")
@@ -84,9 +85,15 @@ def explain_command(
 ) -> None:
     """Say whether an engine of this config would find its bundle, and if not, which factors differ; exit 1 if not."""
     from workers.artifacts.library import ArtifactLibrary
-    from workers.runner.artifacts import key_of_config
+    from workers.runner.artifacts import compiles_pieces, key_of_config
 
     engine = DeploymentConfig.from_file(config, overrides).model_named(model).engine
+    if not compiles_pieces(engine):
+        raise ConfigError(
+            "An engine of this config compiles nothing, so it looks for no bundle: set compilation_config.mode to"
+            " VLLM_COMPILE.",
+            param="mode",
+        )
     library = ArtifactLibrary.from_config(engine.artifacts)
     key = key_of_config(engine)
     lookup = library.open(key)
@@ -131,7 +138,8 @@ def verify_command(
 def _cells(row: Row) -> tuple[str, ...]:
     notes = [name for name, holds in (("pinned", row.is_pinned), ("being built", row.is_leased)) if holds]
     notes += ["build failed"] if row.has_failed else []
-    notes += [f"quarantined: {', '.join(row.quarantine)}"] if row.quarantine else []
+    reasons = ["by hand" if reason == Refusal.QUARANTINED else reason for reason in row.quarantine]
+    notes += [f"quarantined: {', '.join(reasons)}"] if reasons else []
     sizes = f" + sizes {', '.join(map(str, row.sizes))}" if row.sizes else ""
     is_ok = row.status == "ok"
     return (
@@ -157,6 +165,9 @@ def _print_bundle(data: dict[str, Any]) -> None:
     for section, factors in (data["factors"] or {}).items():
         console.print(f"\n{section}:")
         for name, value in factors.items():
+            if name == "sources":
+                console.print(f"  sources: {count_of(len(value), 'file')}, see --json; their digests count")
+                continue
             lines = [f"{name}.{part}: {item}" for part, item in value.items()] if isinstance(value, dict) else []
             for line in lines or [f"{name}: {value}"]:
                 console.print(f"  {line}")
@@ -167,7 +178,7 @@ def _print_bundle(data: dict[str, Any]) -> None:
         entries.add_row(*cells, decimal(entry["num_bytes"]), f"{entry['seconds']:.1f}", origin or "nobody")
     console.print()
     if data["entries"]:
-        console.print(entries)
+        print_table(entries)
     for manifest in data["manifests"]:
         text = manifest.get("text") or f"by {', '.join(manifest['origins'])}, {manifest['creator']}"
         note = ", superseded" if manifest["is_superseded"] else ""
@@ -188,7 +199,7 @@ def _print_explanation(console: Console, explanation: Explanation) -> None:
     )
     for title, differences in sections:
         if differences:
-            console.print(_difference_table(title, differences))
+            print_table(_difference_table(title, differences))
 
 
 def _difference_table(title: str, differences: tuple[Difference, ...]) -> Table:

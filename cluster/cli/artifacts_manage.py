@@ -12,6 +12,7 @@ import typer
 from rich.filesize import decimal
 
 from cluster.cli.artifact_options import ConfigFile, Json, Key, Store, StoreOption, Trusted, open_library, store_errors
+from cluster.cli.output import count_of
 from workers.artifacts.catalog import find_key
 from workers.artifacts.errors import Refusal
 from workers.artifacts.gc import GcPolicy, collect
@@ -35,7 +36,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def gc_command(
-    max_age_days: Annotated[float | None, typer.Option(help="Remove bundles not used for this long.")] = None,
+    max_age_days: Annotated[
+        float | None, typer.Option(help="Remove bundles not used for this long; a day of use counts to its end.")
+    ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Remove those used longest ago until this is met.")] = None,
     grace_hours: Annotated[float, typer.Option(help="Touch nothing that was made or used within this time.")] = 24.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
@@ -54,7 +57,8 @@ def gc_command(
         print(json.dumps(dataclasses.asdict(plan) | {"dry_run": dry_run}, indent=2))
         return
     verb = "would remove" if dry_run else "removed"
-    typer.echo(f"{verb} {len(plan.keys)} bundles, {len(plan.names)} objects, {decimal(plan.num_bytes)}")
+    what = f"{count_of(len(plan.keys), 'bundle')}, {count_of(len(plan.names), 'object')}, {decimal(plan.num_bytes)}"
+    typer.echo(f"{verb} {what}")
     for key, reason in plan.kept.items():
         typer.echo(f"kept {key[:12]}: {reason}")
 
@@ -98,8 +102,9 @@ def quarantine_command(
         if reason is not None:
             manifests = [last_part(item.name) for item in library.store.list(manifest_prefix(found))]
             library.marks.quarantine(found, manifests, Refusal.QUARANTINED, reason, ())
+        lifted = library.marks.quarantined(found) if lift else []
         if lift:
-            for mark in library.marks.quarantined(found):
+            for mark in lifted:
                 library.marks.lift_quarantine(mark.key, mark.manifest)
             library.marks.forget_failures(found)
         marks = library.marks.quarantined(found)
@@ -107,8 +112,11 @@ def quarantine_command(
         print(json.dumps([dataclasses.asdict(mark) for mark in marks], indent=2))
         return
     for mark in marks:
-        typer.echo(f"{mark.key[:12]} manifest {mark.manifest[:12]}, {mark.reason}: {mark.text}")
-    if not marks:
+        reason = "by hand" if mark.reason is Refusal.QUARANTINED else mark.reason
+        typer.echo(f"{mark.key[:12]} manifest {mark.manifest[:12]}, {reason}: {mark.text}")
+    if lift:
+        typer.echo(f"{found[:12]}: {count_of(len(lifted), 'mark')} taken back; a failed build is no longer remembered")
+    elif not marks:
         typer.echo("Nothing is in quarantine.")
 
 
@@ -164,5 +172,6 @@ def _say(data: dict[str, object], text: str, as_json: bool) -> None:
 
 
 def _say_transfer(transfer: Transfer, text: str, as_json: bool) -> None:
-    what = f"{len(transfer.keys)} bundles, {transfer.num_objects} objects, {decimal(transfer.num_bytes)}"
+    num_objects, num_bytes = count_of(transfer.num_objects, "object"), decimal(transfer.num_bytes)
+    what = f"{count_of(len(transfer.keys), 'bundle')}, {num_objects} that were not there, {num_bytes}"
     _say(dataclasses.asdict(transfer), f"{text}: {what}", as_json)

@@ -15,8 +15,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from cluster.cli.options import ConfigPath, Overrides
+from cluster.cli.output import print_table
 from cluster.config import DeploymentConfig
 from workers.config import EngineConfig
+from workers.modes import CompilationMode
 
 if TYPE_CHECKING:
     from workers.compile.compiler import SplitModel
@@ -57,6 +59,7 @@ def show(
         print(json.dumps(summary.to_dict(), indent=2))
     else:
         _print(summary)
+        _say_unless_compiled(engine, device)
 
 
 def _split(engine: EngineConfig, device_name: str | None) -> tuple[SplitModel, Plan]:
@@ -114,20 +117,32 @@ def _build_text(build: dict[str, Any]) -> str:
     return f"{build['format']}{size}: {build['seconds']:.2f} s, {decimal(build['num_bytes'])}"
 
 
+def _say_unless_compiled(engine: EngineConfig, device_name: str | None) -> None:
+    """What was shown is what the compile layer would make of the model; an engine may not ask it to."""
+    from workers.runner.device import resolve_device
+
+    is_meta = device_name == "meta"
+    device_type = "cuda" if is_meta else resolve_device(device_name or engine.device).type
+    mode = engine.compilation_config.resolved_mode(device_type)
+    if mode is not CompilationMode.VLLM_COMPILE:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"An engine of this config does not use them: compilation_config.mode is {mode.name} on {device_type}."
+        )
+
+
 def _print(summary: PlanSummary) -> None:
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, highlight=False)
     console.print(
         f"{summary.num_piece_calls} pieces, {len(summary.pieces)} of them unique; {summary.num_weights} weights; "
-        f"traced in {summary.trace_seconds:.2f} s",
-        highlight=False,
+        f"traced in {summary.trace_seconds:.2f} s"
     )
     table = Table("piece", "calls", "ops", "most frequent", "built", box=None)
     for piece in summary.pieces:
         frequent = ", ".join(f"{count} {name}" for name, count in list(piece.ops.items())[:4])
         builds = [_build_text(build) for build in piece.builds]
         table.add_row(piece.key[:8], str(piece.num_calls), str(piece.num_ops), frequent, "\n".join(builds) or "-")
-    console.print(table)
+    print_table(table)
     for name, count in summary.split_ops.items():
-        console.print(f"between pieces: {name}, {count} calls", highlight=False)
+        console.print(f"between pieces: {name}, {count} calls")
     for name, count in summary.passes.items():
-        console.print(f"passes: {name}: {count} matches", highlight=False)
+        console.print(f"passes: {name}: {count} matches")

@@ -10,6 +10,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from cluster.cli import analyze as analyze_command
 from cluster.cli import artifacts as artifacts_command
@@ -24,7 +25,7 @@ from cluster.cli import serve as serve_command
 from cluster.cli import startup as startup_command
 from cluster.cli import verify_graphs as verify_graphs_command
 from cluster.cli import warm as warm_command
-from workers.errors import UserError
+from workers.errors import UserError, WarmgraphError
 
 app = typer.Typer(
     name="warmgraph",
@@ -40,7 +41,6 @@ app.command("verify-graphs")(verify_graphs_command.verify_graphs)
 app.add_typer(analyze_command.app)
 app.add_typer(artifacts_command.app)
 app.add_typer(bench_command.app)
-app.add_typer(bench_command.app)
 app.add_typer(compile_command.app)
 app.add_typer(config_command.app)
 app.add_typer(graphs_command.app)
@@ -50,12 +50,16 @@ app.add_typer(startup_command.app)
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one sentence on standard error and exit status 2."""
+    """Run the command. What goes wrong ends in one sentence on standard error.
+
+    Exit status 2 is a user's mistake; 1 is anything else that was foreseen, such as a compiler that fails.
+    """
     try:
         app()
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/]", str(error), markup=True, highlight=False)
-        sys.exit(2)
+    except WarmgraphError as error:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

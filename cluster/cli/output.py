@@ -10,10 +10,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
 
 from cluster.cli.plot import Chart, write_chart
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+#: Columns of the widest table.
+_WIDEST = 1000
+
 PlotPath = Annotated[Path | None, typer.Option("--plot", help="Also draw a chart to this .png or .svg file.")]
 
 
@@ -30,6 +35,18 @@ def show(
     if plot is not None:
         write_chart(chart, plot)
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"chart: {plot}")
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as it is, whatever the terminal: a name that is cut or folded cannot be copied."""
+    console = Console(highlight=False)
+    needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    Console(highlight=False, width=max(needed, console.width)).print(table)
+
+
+def count_of(number: int, noun: str) -> str:
+    """``1 bundle``, ``2 bundles``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def parse_sizes(text: str, name: str) -> list[int]:

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from cluster.cli.output import print_table
 from cluster.cli.server import replica_reports
 from workers.checkpoint.cache import artifacts_root
 from workers.errors import UserError
@@ -20,7 +21,9 @@ from workers.startup.report import PhaseRow, StartupReport
 
 app = typer.Typer(name="startup", help="Look at how engines started.", no_args_is_help=True)
 
-_BAR_WIDTH = 48
+#: Columns of the bars, and of numbers, bytes and spaces beside them; a note may go beyond the terminal's edge.
+_BAR_WIDTHS = (16, 48)
+_BESIDE_BARS = 34
 
 
 @app.callback()
@@ -57,13 +60,20 @@ def show(
     console = Console(highlight=False)
     for name, report in reports.items():
         console.print(f"[bold]{name}[/], {report.started_at}", soft_wrap=True)
-        console.print(waterfall(report))
+        print_table(waterfall(report, console.width))
         for line in summary(report):
             console.print(line, soft_wrap=True)
 
 
-def waterfall(report: StartupReport) -> Table:
-    """One row per phase: its name below its parent's, its place in time, its length."""
+def waterfall(report: StartupReport, width: int) -> Table:
+    """One row per phase: its name below its parent's, its place in time, its length.
+
+    Args:
+        width: Columns of the terminal; bars take what is left of them.
+    """
+    names = ["  " * _depth(report.phases, phase) + phase.name for phase in report.phases]
+    longest = max(map(len, names), default=0)
+    bar_width = min(max(width - longest - _BESIDE_BARS, _BAR_WIDTHS[0]), _BAR_WIDTHS[1])
     table = Table("phase", "", "from", "seconds", "bytes", "", box=None, pad_edge=False)
     ends = [phase.end_s for phase in report.phases if phase.end_s is not None]
     total_s = max([*ends, report.ready_s or 0.0, report.first_token_s or 0.0, 1e-9])
@@ -71,7 +81,7 @@ def waterfall(report: StartupReport) -> Table:
         end_s = total_s if phase.end_s is None else phase.end_s
         table.add_row(
             "  " * _depth(report.phases, phase) + phase.name,
-            _bar(phase.start_s / total_s, end_s / total_s),
+            _bar(phase.start_s / total_s, end_s / total_s, bar_width),
             f"{phase.start_s:.2f}",
             "running" if phase.end_s is None else f"{end_s - phase.start_s:.2f}",
             decimal(phase.num_bytes) if phase.num_bytes else "",
@@ -95,9 +105,9 @@ def summary(report: StartupReport) -> list[str]:
     return [line for line in lines if line]
 
 
-def _bar(start: float, end: float) -> Text:
-    first = min(round(start * _BAR_WIDTH), _BAR_WIDTH - 1)
-    length = max(round(end * _BAR_WIDTH) - first, 1)
+def _bar(start: float, end: float, width: int) -> Text:
+    first = min(round(start * width), width - 1)
+    length = max(round(end * width) - first, 1)
     return Text(" " * first + "█" * length, style="cyan")
 
 

@@ -29,6 +29,7 @@ from workers.compile.errors import BuildFailedError
 from workers.compile.formats.fx_code import FxFormat
 from workers.compile.key import bundle_key
 from workers.config import ArtifactConfig, CompilationConfig
+from workers.errors import ConfigError
 from workers.modes import CompilationMode
 
 CONFIG = CompilationConfig(mode="VLLM_COMPILE", piece_format="fx")
@@ -293,6 +294,8 @@ def test_explain_says_what_differs(tmp_path: Path, caplog: pytest.LogCaptureFixt
         assert result.exit_code == code, result.output
         return json.loads(result.output)
 
+    with pytest.raises(ConfigError, match="compiles nothing, so it looks for no bundle"):
+        explain("--set", "models.0.engine.enforce_eager=true", code=1)
     assert explain(code=1)["explanation"]["nearest"] is None
     LLM(**engine, max_num_seqs=4, skip_tokenizer_init=True)
     assert explain(code=0)["outcome"] == "hit"

@@ -57,6 +57,13 @@ def test_ls(library: ArtifactLibrary) -> None:
     assert "build failed; quarantined: self_check" in run("ls")
 
 
+def test_names_are_whole_in_a_narrow_terminal(library: ArtifactLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    library.marks.quarantine(KEY.digest, library.open(KEY).bundle.heads, Refusal.SELF_CHECK, "crashed", ())  # type: ignore[union-attr]
+    assert f"{SHORT}  quarantined" in run("ls")
+    assert "quarantined: self_check" in run("ls")
+
+
 def test_ls_of_an_empty_store() -> None:
     assert run_json("ls")["bundles"] == []
     assert "0 bundles" in run("ls")
@@ -98,7 +105,7 @@ def test_pin_and_gc(library: ArtifactLibrary) -> None:
     everything = ("gc", "--max-bytes", 0, "--grace-hours", 0)
     assert run_json(*everything)["kept"] == {KEY.digest: "pinned or leased"}
     assert "is no longer pinned" in run("pin", SHORT, "--remove")
-    assert "would remove 1 bundles" in run(*everything, "--dry-run")
+    assert "would remove 1 bundle, " in run(*everything, "--dry-run")
     assert library.open(KEY).outcome is Outcome.HIT
 
 
@@ -108,6 +115,9 @@ def test_quarantine(library: ArtifactLibrary) -> None:
     assert (mark["reason"], mark["text"]) == ("quarantined", "wrong tokens on host 7")
     assert ArtifactLibrary.from_config(ArtifactConfig()).open(KEY).outcome is Outcome.QUARANTINED
     assert "wrong tokens on host 7" in run("quarantine")
+    assert f"{SHORT} manifest" in run("quarantine")
+    assert "quarantined: by hand" in run("ls")
+    assert run("quarantine", SHORT, "--lift").startswith(f"{SHORT}: 1 mark taken back")
     assert run_json("quarantine", SHORT, "--lift") == []
     assert ArtifactLibrary.from_config(ArtifactConfig()).open(KEY).outcome is Outcome.HIT
     with pytest.raises(ConfigError, match="Name the bundle"):

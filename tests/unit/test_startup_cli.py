@@ -30,8 +30,8 @@ def example() -> StartupReport:
     return account.report()
 
 
-def show(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["show", *arguments], catch_exceptions=False, env={"COLUMNS": "140"})
+def show(*arguments: str, columns: int = 140) -> str:
+    result = CliRunner().invoke(app, ["show", *arguments], catch_exceptions=False, env={"COLUMNS": str(columns)})
     assert result.exit_code == 0
     return result.output
 
@@ -66,8 +66,25 @@ def test_phases_that_still_run_reach_the_end() -> None:
     with account.phase("weights"):
         now[0] += 3.0
         account.add("tokenizer", 0.0, 3.0)
-        table = waterfall(account.report())
+        table = waterfall(account.report(), 80)
     assert "running" in list(table.columns[3].cells)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_bars_fit_the_terminal_and_notes_are_not_folded(columns: int, tmp_path: Path) -> None:
+    now = [0.0]
+    account = StartupAccount(clock=lambda: now[0])
+    for name in ("weights", "wait for what was begun ahead"):
+        with account.phase(name) as phase:
+            now[0] += 2.0
+            phase.num_bytes = 123_456_789
+            phase.note = "passed before on this node"
+    write_report(tmp_path, account.report())
+    rows = [line for line in show("--file", str(tmp_path), columns=columns).splitlines() if "█" in line]
+    assert len(rows) == 2
+    assert all(row.rstrip().endswith("passed before on this node") for row in rows)
+    ends = [row.rindex("█") + 1 for row in rows]
+    assert ends[0] < ends[1] <= max(columns, 60)
 
 
 def test_both_at_once_are_refused(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from workers.config import EngineConfig
 from workers.engine.engine import Engine
 from workers.errors import ConfigError
 from workers.leases.base import LeaseService
-from workers.modes import CompilationMode
-from workers.runner.device import resolve_device
+from workers.runner.artifacts import compiles_pieces
 from workers.runner.flight import PieceFlight, leases_of
 from workers.runner.model_runner import ModelRunner
 from workers.startup.account import StartupAccount
@@ -80,8 +79,7 @@ def warm(
     if config.artifacts.store is None or not config.artifacts.publish:
         raise ConfigError("Nothing would be published: set artifacts.store and artifacts.publish.", param="artifacts")
     compilation = config.compilation_config
-    mode = compilation.resolved_mode(resolve_device(config.device).type)
-    if config.enforce_eager or mode is not CompilationMode.VLLM_COMPILE:
+    if not compiles_pieces(config):
         raise ConfigError("Nothing is compiled ahead: set compilation_config.mode to VLLM_COMPILE.", param="mode")
     account = StartupAccount(f"warm {config.model}")
     leases = leases or leases_of(config.artifacts)

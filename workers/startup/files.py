@@ -43,6 +43,10 @@ def read_report(path: Path) -> StartupReport:
         path = files[-1]
     try:
         return StartupReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist: no engine has left an account there; start one first, or give --url or --file."
+        ) from None
     except OSError as error:
         raise ConfigError(f"Cannot read {path}: {error.strerror}.") from None
     except ValueError as error:
