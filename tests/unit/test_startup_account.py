@@ -120,7 +120,7 @@ def test_files_keep_the_newest_state_of_a_start(tmp_path: Path) -> None:
 def test_files_that_are_not_there_or_something_else(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no account"):
         read_report(tmp_path)
-    with pytest.raises(ConfigError, match="Cannot read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_report(tmp_path / "none.json")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ConfigError, match="not the account"):
