@@ -24,7 +24,10 @@ from workers.compile.formats import base
 from workers.compile.formats.fx_code import FxFormat
 from workers.config import EngineConfig
 from workers.graphs.backends.frozen_host import FrozenHostGraphBackend
+from workers.kernels.decode_inputs import DecodeBuffers, unpack_with_torch
 from workers.modes import AttentionCGSupport, CUDAGraphMode
+from workers.runner import decode_batch
+from workers.sampling.sampler import Sampler, SamplerOutput
 
 SIZES = [1, 4]
 
@@ -146,12 +149,38 @@ def test_attention_on_device_tensors_may_be_frozen() -> None:
 
 def test_host_metadata_read_at_capture_breaks_full_and_not_piecewise() -> None:
     report = verify_graphs(config(), SIZES, attention=ReadsTheHostAtCapture, graph_backend=FrozenHostGraphBackend())
-    assert failed_forms(report) == {FormName.FULL_DECODE, FormName.FULL_MIXED}
+    assert failed_forms(report) == {FormName.FULL_DECODE, FormName.DECODE_STEP, FormName.FULL_MIXED}
     assert report.safe_mode == "PIECEWISE"
+    assert {finding.form for finding in report.findings} == {FormName.FULL_DECODE, FormName.FULL_MIXED}
     for finding in report.findings:
         assert (finding.piece, finding.op) == ("after piece 0", "warmgraph::attention(0)")
         assert finding.blame is Blame.OP
         assert "reads something on the host" in finding.explanation
+
+
+def test_a_table_that_is_unpacked_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(table_RF: torch.Tensor, buffers: DecodeBuffers, block_size: int) -> None:
+        unpack_with_torch(table_RF, buffers, block_size)
+        buffers.positions_R[: len(table_RF)] += 1
+
+    monkeypatch.setattr(decode_batch, "unpack_decode", shifted)
+    report = verify_graphs(config(), SIZES)
+    assert failed_forms(report) == {FormName.DECODE_STEP}
+    (finding,) = report.findings
+    assert (finding.piece, finding.op, finding.blame) == ("before piece 0", "unpack_decode", Blame.OP)
+    assert "positions" in finding.explanation
+    assert report.safe_mode == "PIECEWISE"
+
+
+def test_a_token_that_is_not_the_best_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(_: Sampler, logits_RV: torch.Tensor, *args: Any) -> SamplerOutput:
+        return SamplerOutput(logits_RV.argmin(-1), None)
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    report = verify_graphs(config(), [4])
+    problems = {check.form: check.problem for check in report.checks if check.problem}
+    assert problems == {FormName.DECODE_STEP: "a token is not the one with the highest logit"}
+    assert [finding.op for finding in report.findings] == ["sampling"]
 
 
 def test_padding_rows_that_reach_real_ones_are_the_shapes_fault() -> None:

@@ -90,7 +90,7 @@ def test_an_attention_that_plans_on_the_host_breaks_full_only() -> None:
 
     report = verify_graphs(config(), [2], attention=ReadsTheHostAtCapture)
     failed = {check.form for check in report.checks if check.problem is not None}
-    assert failed == {FormName.FULL_DECODE, FormName.FULL_MIXED}
+    assert failed == {FormName.FULL_DECODE, FormName.DECODE_STEP, FormName.FULL_MIXED}
     assert report.safe_mode == "PIECEWISE"
     assert {finding.op for finding in report.findings} == {"warmgraph::attention(0)"}
 

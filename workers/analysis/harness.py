@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -137,9 +138,15 @@ class ModelHarness:
         descriptor: BatchDescriptor | None = None,
     ) -> Result:
         """One forward pass in a forward context of its own."""
-        metadata = self.attention.build_metadata(batch.geometry)
-        with set_forward_context(ForwardContext(self.attention, metadata, self.kv_caches, mode, descriptor)):
+        with self.context(batch.geometry, mode, descriptor):
             return forward(batch.input_ids_T, batch.positions_T)
+
+    def context(
+        self, geometry: BatchGeometry, mode: CUDAGraphMode, descriptor: BatchDescriptor | None
+    ) -> AbstractContextManager[ForwardContext]:
+        """What attention and graphs need to know of a batch, while the model runs on it."""
+        metadata = self.attention.build_metadata(geometry)
+        return set_forward_context(ForwardContext(self.attention, metadata, self.kv_caches, mode, descriptor))
 
     def capture(
         self,

@@ -1,7 +1,8 @@
 """Compares every way to run the forward pass with the eager one, at every capture size, and finds what differs.
 
 Knows which forms there are and when one cannot be had; how batches are made and compared is ``cases``' part, where a
-difference comes from ``bisect``'s. Checked is the model as compiled and captured, not scheduling or sampling.
+difference comes from ``bisect``'s. Checked is the model as compiled and captured, and the decode step around it; not
+scheduling, and of sampling the greedy choice only.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from workers.analysis.bisect import Bisector
 from workers.analysis.cases import Case, KvState, lay_out, make_cases, row_error, tolerance_of, worst_error
 from workers.analysis.costs import describe_device
 from workers.analysis.harness import Forward, ModelHarness
+from workers.analysis.serving_step import ServingStep
 from workers.analysis.sizes import configured_sizes
 from workers.analysis.steps import ModelSteps
-from workers.analysis.verify_report import Check, Finding, FormName, VerifyReport, safe_mode
+from workers.analysis.verify_report import Blame, Check, Finding, FormName, VerifyReport, safe_mode
 from workers.attention.base import AttentionBackend
 from workers.config import EngineConfig
 from workers.graphs import (
@@ -29,6 +31,9 @@ from workers.graphs import (
     CUDAGraphWrapper,
 )
 from workers.graphs.backends.base import GraphBackend
+from workers.sampling.selection import first_argmax
+
+_NOT_THE_BEST = "a token is not the one with the highest logit"
 
 #: Tokens of a request at most; enough for several KV blocks.
 _MAX_CONTEXT = 64
@@ -36,13 +41,18 @@ _MAX_CONTEXT = 64
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Form:
-    """One form of the whole forward pass; gives hidden states, or logits if ``gives_logits``."""
+    """One form of the whole forward pass; gives hidden states, or logits if ``gives_logits``.
+
+    Attributes:
+        step: Runs instead of ``forward``, and chooses tokens besides.
+    """
 
     name: FormName
     forward: Forward
     descriptors: list[BatchDescriptor]
     mode: CUDAGraphMode = CUDAGraphMode.NONE
     gives_logits: bool = False
+    step: ServingStep | None = None
 
 
 def verify_graphs(
@@ -126,10 +136,12 @@ class _Verification:
         reason = f"attention backend {harness.attention.name!r} declares {support.name}"
         max_num_seqs = harness.config.max_num_seqs
         if support is AttentionCGSupport.NEVER:
-            self._skipped[FormName.FULL_DECODE] = reason
+            self._skipped |= {FormName.FULL_DECODE: reason, FormName.DECODE_STEP: reason}
         else:
             decode = [BatchDescriptor(size, size, uniform=True) for size in self._sizes if size <= max_num_seqs]
             yield _Form(FormName.FULL_DECODE, self._wrap(harness.decode_logits(model), full), decode, full, True)
+            step = ServingStep(harness, model, lambda function: self._wrap(function, full))
+            yield _Form(FormName.DECODE_STEP, model, decode, full, True, step)
         if support < AttentionCGSupport.ALWAYS:
             self._skipped[FormName.FULL_MIXED] = reason
         else:
@@ -151,7 +163,9 @@ class _Verification:
         size, cases = descriptor.num_tokens, self._cases(descriptor)
         worst = 0.0
         try:
-            if form.mode is not CUDAGraphMode.NONE:
+            if form.step is not None:
+                form.step.capture(descriptor)
+            elif form.mode is not CUDAGraphMode.NONE:
                 self._harness.capture(form.forward, form.mode, descriptor)
         except RuntimeError as failure:
             problem = f"the capture failed: {_first_line(failure)}"
@@ -184,8 +198,13 @@ class _Verification:
         expected_kv = self._kv.used(batch)
         batch = lay_out(harness, case, descriptor)
         self._kv.reset(batch, is_poisoned=is_poisoned)
+        token_ids_R = None
         try:
-            got = harness.run(form.forward, batch, form.mode, descriptor)[:size]
+            if form.step is None:
+                got = harness.run(form.forward, batch, form.mode, descriptor)[:size]
+            else:
+                logits_RV, token_ids_R = form.step.run(batch, descriptor, is_poisoned=is_poisoned)
+                got = logits_RV[:size]
         except RuntimeError as failure:
             return float("inf"), _first_line(failure)
         if form.gives_logits:
@@ -197,20 +216,42 @@ class _Verification:
             return kv_error, f"keys and values differ from eager by {kv_error:.2g}"
         if self._kv.has_strayed(batch, is_poisoned=is_poisoned):
             return error, "a KV block that no request owns was written to"
+        if token_ids_R is not None and not torch.equal(token_ids_R[:size], first_argmax(got)):
+            return error, _NOT_THE_BEST
         return max(error, kv_error), None
 
     def _findings(self, forms: Sequence[_Form], checks: Sequence[Check]) -> Iterator[Finding]:
         """One for each form that failed, from its smallest failing graph."""
         bisector = Bisector(self._harness, self._steps, self._kv, self._tolerance)
+        failed_forms = {check.form for check in checks if check.problem is not None}
         for form in forms:
             failed = [check for check in checks if check.form is form.name and check.problem is not None]
-            if not failed:
-                continue
+            if not failed or (form.step is not None and FormName.FULL_DECODE in failed_forms):
+                continue  # the step around a wrong model says nothing new
             smallest = min(failed, key=lambda check: check.num_tokens)
             self._on_progress(f"looking for what differs: {form.name}")
             descriptor = next(d for d in form.descriptors if d.num_tokens == smallest.num_tokens)
             case = next(case for case in self._cases(descriptor) if case.name == smallest.failed_case)
-            yield bisector.find(form.name, descriptor, case)
+            if form.step is not None:
+                yield self._step_finding(form, form.step, descriptor, case)
+            else:
+                yield bisector.find(form.name, descriptor, case)
+
+    def _step_finding(self, form: _Form, step: ServingStep, descriptor: BatchDescriptor, case: Case) -> Finding:
+        """The model is right in a graph of its own, so what the step puts around it is wrong."""
+        batch = lay_out(self._harness, case, descriptor)
+        self._kv.reset(batch, is_poisoned=False)
+        step.run(batch, descriptor, is_poisoned=False)
+        wrong = step.wrong_input(batch)
+        if wrong is not None:
+            where, op, text = "before piece 0", "unpack_decode", f"The step's table does not become these {wrong}."
+        else:
+            where, op, text = (
+                "after the last piece",
+                "sampling",
+                "The model's inputs are right, its logits or tokens not.",
+            )
+        return Finding(form.name, descriptor.num_tokens, where, op, Blame.OP, text)
 
 
 def _first_line(error: Exception) -> str:

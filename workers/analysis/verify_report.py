@@ -21,6 +21,7 @@ class FormName(enum.StrEnum):
     PIECEWISE = "PIECEWISE"
     FULL_MIXED = "FULL, mixed batches"
     FULL_DECODE = "FULL, decode batches"
+    DECODE_STEP = "FULL, table to token"
 
 
 class Blame(enum.StrEnum):
@@ -105,7 +106,7 @@ def safe_mode(failed: Collection[FormName], skipped: Collection[FormName] = ()) 
     if FormName.PADDED in wrong:
         return CUDAGraphMode.NONE
     has_pieces = not {FormName.COMPILED, FormName.PIECEWISE} & wrong
-    has_full_decode = FormName.FULL_DECODE not in wrong and FormName.COMPILED not in wrong
+    has_full_decode = not {FormName.FULL_DECODE, FormName.DECODE_STEP, FormName.COMPILED} & wrong
     if has_full_decode:
         return CUDAGraphMode.FULL_AND_PIECEWISE if has_pieces else CUDAGraphMode.FULL_DECODE_ONLY
     return CUDAGraphMode.PIECEWISE if has_pieces else CUDAGraphMode.NONE

@@ -79,9 +79,18 @@ class DecodeGraphs:
             return token_ids_R[:num_reqs], None
         if plan.num_logprobs < 0:
             self._wanted[plan, context.batch_descriptor] += 1
-        logits_RV, _ = self._graphs[GREEDY_PLAN](table_RF)
+        logits_RV, _ = self.greedy(table_RF)
         sampled = self._sample(logits_RV[:num_reqs], plan)
         return sampled.token_ids_R, sampled.logprobs
+
+    def greedy(self, table_RF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The greedy step in the current forward context.
+
+        Returns:
+            Logits ``[R, V]`` and token ids, int64 ``[R]``, of all rows, valid until the next step.
+        """
+        logits_RV, token_ids_R = self._graphs[GREEDY_PLAN](table_RF)
+        return logits_RV, token_ids_R
 
     def next_wanted(self) -> tuple[SamplingPlan, BatchDescriptor] | None:
         """The plan and size that steps asked for most often without having a graph, or None."""
