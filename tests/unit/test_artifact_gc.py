@@ -105,12 +105,31 @@ def test_pinned_and_leased_bundles_stay(tmp_path: Path) -> None:
     assert set(collect(library, policy, dry_run=True).keys) == {key(1).digest}
 
 
+@pytest.mark.parametrize("days", [-400, 400])
+def test_a_clock_that_is_wrong_by_a_year_changes_nothing(
+    days: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = make_library(DirectoryStore(tmp_path), signer=SIGNER)
+    for index in range(3):
+        make(library, index)
+    age(library, 10)
+    make(library, 3)
+    policy = GcPolicy(max_age_s=5 * DAY_S)
+    with library.building(key(1)), monkeypatch.context() as patch:
+        real = time.time
+        patch.setattr(time, "time", lambda: real() + days * DAY_S)
+        plan = collect(library, policy, dry_run=True)
+    assert set(plan.keys) == {key(0).digest, key(2).digest}
+    assert set(plan.kept) == {key(1).digest}
+    assert library.store.list("clock/") == []
+
+
 def test_a_build_that_fails_leaves_no_mark(tmp_path: Path) -> None:
     library = make_library(DirectoryStore(tmp_path), signer=SIGNER)
 
     def build() -> None:
         with library.building(key(0)):
-            assert leased_keys(library) == {key(0).digest}
+            assert leased_keys(library, time.time()) == {key(0).digest}
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

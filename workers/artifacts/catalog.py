@@ -6,6 +6,7 @@ Reads. Looking at a bundle marks manifests that anybody would refuse, as a repli
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -62,12 +63,13 @@ def list_bundles(library: ArtifactLibrary) -> list[Row]:
         StoreError: The store is in trouble.
     """
     store = library.store
-    inventory = take_inventory(library)
+    now_s = time.time()
+    inventory = take_inventory(library, now_s)
     marks: dict[str, list[QuarantineMark]] = {}
     for mark in library.marks.quarantined():
         marks.setdefault(mark.key, []).append(mark)
     pinned, failed = ({key_of(item.name) for item in store.list(prefix)} for prefix in (PINS, FAILURES))
-    leased = leased_keys(library)
+    leased = leased_keys(library, now_s)
     made_s: dict[str, float] = {}
     for item in inventory.manifests:
         key = key_of(item.object.name)

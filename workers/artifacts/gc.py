@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import uuid
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,9 +17,9 @@ from workers.artifacts.digest import is_sha256
 from workers.artifacts.errors import RefusedError
 from workers.artifacts.library import ArtifactLibrary
 from workers.artifacts.manifest import MAX_MANIFEST_BYTES
-from workers.artifacts.names import BLOBS, BUILDS, BUNDLES, FAILURES, PINS, QUARANTINE, USES, key_of, last_part
+from workers.artifacts.names import BLOBS, BUILDS, BUNDLES, CLOCK, FAILURES, PINS, QUARANTINE, USES, key_of, last_part
 from workers.artifacts.signing import read_unverified
-from workers.artifacts.stores.base import StoredObject
+from workers.artifacts.stores.base import ArtifactStore, StoredObject
 
 _DAY_S = 24 * 3600.0
 
@@ -65,7 +66,7 @@ class Inventory:
         kept: Keys that are pinned or leased.
         quarantined: Names of manifests that are marked.
         marks: Marks and notes, which go with their key.
-        abandoned: Marks of builds that have ended, one way or another.
+        abandoned: Marks of builds that have ended, one way or another, and other things left behind.
     """
 
     blobs: tuple[StoredObject, ...]
@@ -113,8 +114,28 @@ def plan_collection(inventory: Inventory, policy: GcPolicy, now_s: float) -> GcP
     return GcPlan(tuple(sorted(doomed)), names, num_bytes, kept)
 
 
-def take_inventory(library: ArtifactLibrary) -> Inventory:
+def store_time_s(store: ArtifactStore) -> float:
+    """What the clock says by which the store dates its objects: something is written, and its date read.
+
+    Ages are differences of such dates. By a clock of its own that is ahead, whoever collects would take everything for
+    old, bundles that replicas start from included.
+
+    Raises:
+        StoreError: The store is in trouble.
+    """
+    name = f"{CLOCK}{uuid.uuid4().hex}"
+    store.put_if_absent(name, b"")
+    try:
+        return next((item.modified_s for item in store.list(CLOCK) if item.name == name), time.time())
+    finally:
+        store.delete(name)
+
+
+def take_inventory(library: ArtifactLibrary, now_s: float) -> Inventory:
     """List a store. Blobs are listed before manifests, so that a blob of a new manifest is never an orphan.
+
+    Args:
+        now_s: By the store's clock.
 
     Raises:
         StoreError: The store is in trouble.
@@ -122,7 +143,7 @@ def take_inventory(library: ArtifactLibrary) -> Inventory:
     store = library.store
     blobs = store.list(BLOBS)
     builds = store.list(BUILDS)
-    leased = [item for item in builds if _is_recent(item)]
+    leased = [item for item in builds if _is_recent(item, now_s)]
     kept = {key_of(item.name) for item in (*store.list(PINS), *leased)}
     uses = store.list(USES)
     last_use_s: dict[str, float] = {}
@@ -133,21 +154,24 @@ def take_inventory(library: ArtifactLibrary) -> Inventory:
     quarantined = frozenset(f"{BUNDLES}{item.name.removeprefix(QUARANTINE)}" for item in marks)
     manifests = tuple(_stored_manifest(library, item) for item in store.list(BUNDLES))
     notes = (*uses, *marks, *store.list(FAILURES))
-    abandoned = tuple(item for item in builds if item not in leased)
+    abandoned = tuple(item for item in (*builds, *store.list(CLOCK)) if not _is_recent(item, now_s))
     return Inventory(tuple(blobs), manifests, last_use_s, frozenset(kept), quarantined, notes, abandoned)
 
 
-def leased_keys(library: ArtifactLibrary) -> set[str]:
+def leased_keys(library: ArtifactLibrary, now_s: float) -> set[str]:
     """Keys that somebody holds the lease of and builds for, as its mark in the store says.
+
+    Args:
+        now_s: By the store's clock.
 
     Raises:
         StoreError: The store is in trouble.
     """
-    return {key_of(item.name) for item in library.store.list(BUILDS) if _is_recent(item)}
+    return {key_of(item.name) for item in library.store.list(BUILDS) if _is_recent(item, now_s)}
 
 
-def _is_recent(mark: StoredObject) -> bool:
-    return mark.modified_s > time.time() - _LONGEST_BUILD_S
+def _is_recent(mark: StoredObject, now_s: float) -> bool:
+    return mark.modified_s > now_s - _LONGEST_BUILD_S
 
 
 def collect(library: ArtifactLibrary, policy: GcPolicy, *, dry_run: bool = False) -> GcPlan:
@@ -156,7 +180,8 @@ def collect(library: ArtifactLibrary, policy: GcPolicy, *, dry_run: bool = False
     Raises:
         StoreError: The store is in trouble.
     """
-    plan = plan_collection(take_inventory(library), policy, time.time())
+    now_s = store_time_s(library.store)
+    plan = plan_collection(take_inventory(library, now_s), policy, now_s)
     if not dry_run:
         for name in plan.names:
             library.store.delete(name)

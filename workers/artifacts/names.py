@@ -9,6 +9,7 @@
 | ``pins/<key>`` | this key is never collected | once |
 | ``uses/<key>/<day>`` | a replica used this key on that day | once a day |
 | ``builds/<key>/<id>`` | somebody builds for this key; deleted when done | once per build |
+| ``clock/<id>`` | nothing; shows whoever collects the store's time | once, then deleted |
 | ``leases/<name>/...`` | the lease files of replicas without a cluster | see workers/leases |
 """
 
@@ -26,6 +27,7 @@ FAILURES = "failures/"
 PINS = "pins/"
 USES = "uses/"
 BUILDS = "builds/"
+CLOCK = "clock/"
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=-]{0,127}")
 
