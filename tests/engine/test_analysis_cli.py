@@ -98,6 +98,7 @@ def test_diagnose_says_what_to_change_and_where(config: Path, tmp_path: Path) ->
     assert [row[0] for row in rows] == ["1", "2"]
     assert all(float(row[4]) > 47 for row in rows)  # launches: the model's ops, and sampling
     assert {row[-1] for row in rows} <= {"launch", "memory", "compute"}
+    assert all(float(row[2]) <= float(row[1]) for row in rows), "no step is faster than what is called best"
     assert (tmp_path / "diagnose.svg").is_file()
 
 

@@ -55,6 +55,14 @@ class DeviceRates:
     matmul_flops: float
     launch_us: float
 
+    def at_least(self, num_bytes: float, flops: float, seconds: float) -> DeviceRates:
+        """Raised to what work that took ``seconds`` shows: other work on a machine only ever lowers a measured rate."""
+        return dataclasses.replace(
+            self,
+            bandwidth=max(self.bandwidth, num_bytes / seconds),
+            matmul_flops=max(self.matmul_flops, flops / seconds),
+        )
+
 
 def measure_step_costs(num_ops: Sequence[int], device: torch.device) -> MeasuredCosts:
     """Time a chain of each length launched op by op, replayed, and captured."""

@@ -144,6 +144,9 @@ def diagnose(
         for batch in sorted(batches):
             on_progress(f"measuring: batch {batch}")
             samples.append(_measure(sessions, batch, num_steps, is_replayed=pair.is_replayed))
+    for sample in samples:
+        least_s = min(sample.single_us, sample.replayed_us) / 1e6
+        rates = rates.at_least(*_work_of(work, sample), least_s)
     launch_us = _launch_us(samples[0], rates, device)
     steps = [_step(sample, pair.is_replayed, launch_us, device, _step_work(work, sample, rates)) for sample in samples]
     comparisons = [Comparison(sample.batch, sample.single_us, sample.replayed_us) for sample in samples]
@@ -225,8 +228,13 @@ def _launch_us(smallest: _Sample, rates: DeviceRates, device: torch.device) -> f
     return rates.launch_us
 
 
+def _work_of(work: ModelWork, sample: _Sample) -> tuple[float, float]:
+    """Bytes and operations of a step."""
+    return work.num_bytes(sample.batch, sample.context), work.flops(sample.batch, sample.context)
+
+
 def _step_work(work: ModelWork, sample: _Sample, rates: DeviceRates) -> StepWork:
-    num_bytes, flops = work.num_bytes(sample.batch, sample.context), work.flops(sample.batch, sample.context)
+    num_bytes, flops = _work_of(work, sample)
     return StepWork(num_bytes, flops, num_bytes / rates.bandwidth * 1e6, flops / rates.matmul_flops * 1e6)
 
 
