@@ -64,7 +64,8 @@ def _parts(found: Diagnosis, name: str, config: Path, index: int) -> list[Table 
     rates = found.rates
     head = [
         f"[bold]{name}[/] on {found.device}, decode with {found.context} prompt tokens per request",
-        f"this device reaches {rates.bandwidth / 1e9:.0f} GB/s of memory traffic and {rates.matmul_flops / 1e12:.3g} TFLOP/s",
+        f"this device reaches {rates.bandwidth / 1e9:.0f} GB/s of memory traffic and "
+        f"{rates.matmul_flops / 1e12:.3g} TFLOP/s",
     ]
     if found.device_type == "cpu":
         head += [
