@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from workers.kernels.decode_inputs import DecodeBuffers, DecodeField, unpack_decode, unpack_with_torch
+from workers.kernels.decode_buffers import DecodeBuffers, DecodeField
+from workers.kernels.decode_inputs import unpack_decode, unpack_with_torch
 from workers.request import Request
 from workers.runner.decode_batch import DecodeBatch
 from workers.runner.input_batch import InputBatch

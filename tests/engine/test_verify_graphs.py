@@ -24,7 +24,8 @@ from workers.compile.formats import base
 from workers.compile.formats.fx_code import FxFormat
 from workers.config import EngineConfig
 from workers.graphs.backends.frozen_host import FrozenHostGraphBackend
-from workers.kernels.decode_inputs import DecodeBuffers, unpack_with_torch
+from workers.kernels.decode_buffers import DecodeBuffers
+from workers.kernels.decode_inputs import unpack_with_torch
 from workers.modes import AttentionCGSupport, CUDAGraphMode
 from workers.runner import decode_batch
 from workers.sampling.sampler import Sampler, SamplerOutput

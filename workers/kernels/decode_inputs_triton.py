@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.decode_inputs import DecodeBuffers, DecodeField
+from workers.kernels.decode_buffers import DecodeBuffers, DecodeField
 
 _NUM_FIELDS = len(DecodeField)
 #: Block-table entries that a program copies at a time.

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 
 from workers.attention.base import BatchGeometry
-from workers.kernels.decode_inputs import DecodeBuffers, DecodeField, unpack_decode
+from workers.kernels.decode_buffers import DecodeBuffers, DecodeField
+from workers.kernels.decode_inputs import unpack_decode
 from workers.runner.buffers import HostDeviceBuffer
 from workers.runner.input_batch import InputBatch
 from workers.runner.slots import SlotTable
