@@ -19,7 +19,9 @@ _PADDING = -1
 
 
 def unpack_decode(table_RF: torch.Tensor, buffers: DecodeBuffers, block_size: int) -> None:
-    """Write the first R rows of every buffer from the step's table; see :class:`workers.kernels.decode_buffers.DecodeField`.
+    """Write the first R rows of every buffer from the step's table.
+
+    See :class:`workers.kernels.decode_buffers.DecodeField` for the table.
 
     Args:
         table_RF: int32, on the buffers' device.
