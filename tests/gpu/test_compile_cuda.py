@@ -167,6 +167,24 @@ def test_passes_match_every_layer(model: DecoderForCausalLM, folder: Path) -> No
     assert (passes["rope_kv_write"], passes["qk_rope"]) == (0, NUM_LAYERS)
 
 
+def test_inductor_makes_one_kernel_of_residual_and_norm(
+    model: DecoderForCausalLM, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No pass is needed for it while products are opaque: all that lies between two of them is one kernel."""
+    backend = make_backend("triton", model.attention_spec(16), CUDA)
+    compiled = compiled_model(
+        model, folder, None, backend.splitting_ops, mode="VLLM_COMPILE", piece_format="standalone"
+    )
+    session = PagedSession(model, backend, device=CUDA)
+    monkeypatch.setattr(model, "forward", compiled)
+    session.step({"a": [*range(40)]})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        session.step({"b": [*range(40)]})
+        torch.cuda.synchronize()
+    names = [event.name for event in profiled.events() if event.name.startswith("triton_")]
+    assert len(names) == 1 + 2 * NUM_LAYERS, names  # two norms in every layer, and the last one
+
+
 def test_attention_rotates_by_itself(model: DecoderForCausalLM, folder: Path) -> None:
     """With the backend of a GPU: the rotation is part of its op, and the logits stay those of eager."""
     backend = make_backend("triton", model.attention_spec(16), CUDA)
