@@ -118,7 +118,10 @@ class PieceCompilation:
             BuildFailedError: The compiler failed, now or recently; or this machine is short of something.
         """
         if (failure := self.library.recent_failure(self.key)) is not None:
-            raise BuildFailedError(f"Compiling failed recently and is not tried again yet: {failure.text}")
+            raise BuildFailedError(
+                "Compiling failed recently and is not tried again yet"
+                f" (`warmgraph artifacts quarantine {self.key.digest[:12]} --lift` forgets it): {failure.text}"
+            )
         with self.library.building(self.key):
             return self._build_or_remember(piece_format or self._formats[-1])
 
