@@ -71,7 +71,7 @@ class FakeReplica:
         )
 
     def die(self) -> None:
-        self.is_dead = True
+        self.is_dead, self.is_stopped = True, False
         self._stepping.cancel()
         for outbox in self._outboxes.values():
             outbox.wake()

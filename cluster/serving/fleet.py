@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -23,7 +22,7 @@ from cluster.serving.failover import ReplicaLostError, ResumableRequest
 from cluster.serving.gate import Gate
 from cluster.serving.link import SILENT_TICKS, ReplicaLink, call_any_replica
 from cluster.serving.serve_state import deployment_state
-from cluster.serving.suspects import Suspects
+from cluster.serving.suspects import Suspects, Turn
 from cluster.serving.token_stream import TokenStream
 from workers.errors import EngineDeadError, InvalidRequestError, QueueFullError
 from workers.outputs import FinishReason, TokenChunk
@@ -108,24 +107,24 @@ class Fleet:
         """
         resumable = ResumableRequest(request)
         while not resumable.is_finished:
-            async with self._suspects.turn(resumable) as end_turn:
+            async with self._suspects.turn(resumable) as turn:
                 try:
-                    await self._attempt(resumable, end_turn, on_chunk)
+                    await self._attempt(resumable, turn, on_chunk)
                 except ReplicaLostError as lost:
                     self._suspects.note_death(resumable, lost.death)
         self._gate.finish(request, resumable.num_tokens)
 
-    async def _attempt(self, resumable: ResumableRequest, end_turn: Callable[[], None], on_chunk: ChunkSink) -> None:
+    async def _attempt(self, resumable: ResumableRequest, turn: Turn, on_chunk: ChunkSink) -> None:
         """Run a request on one replica, to its end if the replica lives to see it."""
         attempt = resumable.next_attempt()
-        link, stream = await self._submit(attempt)
+        link, stream = await self._submit(attempt, is_alone=turn.is_alone)
 
         def receive(chunk: TokenChunk) -> None:
             if chunk.finish_reason is FinishReason.ERROR:
                 raise ReplicaLostError(chunk.error or "The engine stopped.", link.connection_id)
             resumable.accept(chunk)
             if self._suspects.has_any and self._suspects.is_cleared(resumable):
-                end_turn()
+                turn.end()
             on_chunk(chunk)
 
         try:
@@ -150,11 +149,13 @@ class Fleet:
         answers = await asyncio.gather(*(link.ask(method) for link in links))
         return {link.replica_id: answer for link, answer in zip(links, answers, strict=True) if answer is not None}
 
-    async def _submit(self, request: GenerateRequest) -> tuple[ReplicaLink, TokenStream]:
-        """Wait for a place, unless the request had one before, and find a replica that takes it."""
+    async def _submit(self, request: GenerateRequest, *, is_alone: bool) -> tuple[ReplicaLink, TokenStream]:
+        """Wait for a place and find a replica that takes it. Others wait for one that ``is_alone``: it goes at once."""
         try:
             if not request.attempt:
                 await self._gate.enter(request)
+            elif not is_alone:
+                await self._gate.enter_again(request)
             async with asyncio.timeout(self._start_timeout_s):
                 while True:
                     await self._connected.wait()

@@ -1,13 +1,15 @@
 """The gate between an ingress and its replicas: requests pass as these have room, and wait in fair order until then.
 
 A replica has room up to its batch and a short queue of its own, so that a place that becomes free is taken in its next
-step. Everything else waits here, where it can still be ordered by key, refused, or taken back. Knows places and
-futures; which replica a request goes to is the fleet's business.
+step. Everything else waits here, where it can still be ordered by key, refused, or taken back. Requests that lost
+their replica wait in front of all others, but here too: whoever waits inside an engine is a suspect when it dies. Knows
+places and futures; which replica a request goes to is the fleet's business.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import time
@@ -30,6 +32,7 @@ def num_tokens_of(request: GenerateRequest) -> int:
 class _Ticket:
     request_id: str
     num_prompt_tokens: int
+    num_output_tokens: int
     is_called: asyncio.Future[None]
 
 
@@ -52,6 +55,7 @@ class Gate:
         self._config = config
         self._room: WaitingRoom[_Ticket] = WaitingRoom(time.monotonic, config.max_queued_tokens)
         self._arrivals = ArrivalMeter(time.monotonic)
+        self._lost: collections.deque[_Ticket] = collections.deque()
         self._num_prompt_tokens = 0
         self._passing: set[str] = set()
         self._wake = wake
@@ -60,12 +64,14 @@ class Gate:
     @property
     def num_waiting(self) -> int:
         """Requests that wait here."""
-        return len(self._room)
+        return len(self._room) + len(self._lost)
 
     def load(self) -> IngressLoad:
         """What waits here and what comes in, for the autoscaler."""
+        num_prompt_tokens = self._num_prompt_tokens + sum(ticket.num_prompt_tokens for ticket in self._lost)
         num_output_tokens = self._room.num_tokens - self._num_prompt_tokens
-        return self._arrivals.load(self.num_waiting, self._num_prompt_tokens, num_output_tokens)
+        num_output_tokens += sum(ticket.num_output_tokens for ticket in self._lost)
+        return self._arrivals.load(self.num_waiting, num_prompt_tokens, num_output_tokens)
 
     async def wait_for_news(self, timeout_s: float) -> None:
         """Return once requests have begun to wait since the last call, and at the latest after ``timeout_s``."""
@@ -88,45 +94,63 @@ class Gate:
         num_tokens = num_tokens_of(request)
         num_prompt_tokens = len(request.prompt_token_ids)
         self._arrivals.arrive(num_prompt_tokens, num_tokens - num_prompt_tokens)
-        if not len(self._room) and self._num_free() > 0:
+        if not self.num_waiting and self._num_free() > 0:
             self._passing.add(request.request_id)
             self._room.note_passed(num_tokens)
             return
-        num_replicas = len(self._replicas())
         # One that was lost is being replaced: its share of the queue stays.
-        max_requests = self._config.max_queued_requests * max(1, num_replicas, self._config.num_replicas)
-        ticket = _Ticket(request.request_id, num_prompt_tokens, asyncio.get_running_loop().create_future())
-        is_first = not len(self._room)
+        max_requests = self._config.max_queued_requests * max(1, len(self._replicas()), self._config.num_replicas)
+        ticket = _make_ticket(request)
         self._room.enter(ticket, request.key_name, request.weight, num_tokens, max_requests)
         self._num_prompt_tokens += num_prompt_tokens
-        if is_first:
-            self._begins_to_hold.set()
-        if not num_replicas:
-            self._wake()
         try:
-            while not ticket.is_called.done():
-                await asyncio.wait([ticket.is_called], timeout=self._config.start_timeout_s)
-                if not ticket.is_called.done() and not self._replicas():
-                    raise EngineDeadError(
-                        f"No replica was ready within {self._config.start_timeout_s:.0f} s; try again later."
-                    )
+            await self._wait(ticket)
         finally:
             if self._room.leave(ticket):
                 self._num_prompt_tokens -= num_prompt_tokens
+
+    async def enter_again(self, request: GenerateRequest) -> None:
+        """The same for a request that lost its replica: before all others, and never refused."""
+        if not self._lost and self._num_free() > 0:
+            self._passing.add(request.request_id)
+            return
+        ticket = _make_ticket(request)
+        self._lost.append(ticket)
+        try:
+            await self._wait(ticket)
+        finally:
+            with contextlib.suppress(ValueError):
+                self._lost.remove(ticket)
+
+    async def _wait(self, ticket: _Ticket) -> None:
+        if self.num_waiting == 1:
+            self._begins_to_hold.set()
+        if not self._replicas():
+            self._wake()
+        while not ticket.is_called.done():
+            await asyncio.wait([ticket.is_called], timeout=self._config.start_timeout_s)
+            if not ticket.is_called.done() and not self._replicas():
+                raise EngineDeadError(
+                    f"No replica was ready within {self._config.start_timeout_s:.0f} s; try again later."
+                )
 
     def passed(self, request_id: str) -> None:
         """A request is about to show in a replica's numbers, or has gone; others may look for a place after that."""
         if request_id in self._passing:
             self._passing.remove(request_id)
-            if len(self._room):
+            if self.num_waiting:
                 asyncio.get_running_loop().call_soon(self.open)
 
     def open(self) -> None:
         """Let through as many as there are places; called whenever a replica has news."""
-        while len(self._room) and self._num_free() > 0:
-            ticket = self._room.call_next()
-            assert ticket is not None
-            self._num_prompt_tokens -= ticket.num_prompt_tokens
+        while self.num_waiting and self._num_free() > 0:
+            if self._lost:
+                ticket = self._lost.popleft()
+            else:
+                called = self._room.call_next()
+                assert called is not None
+                ticket = called
+                self._num_prompt_tokens -= ticket.num_prompt_tokens
             self._passing.add(ticket.request_id)
             ticket.is_called.set_result(None)
 
@@ -145,3 +169,9 @@ class Gate:
         if backlog is None:
             backlog = max(1, max_num_seqs // 8)
         return max(0, max_num_seqs + backlog - replica.num_requests)
+
+
+def _make_ticket(request: GenerateRequest) -> _Ticket:
+    num_prompt_tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
+    num_output_tokens = max(0, num_tokens_of(request) - num_prompt_tokens)
+    return _Ticket(request.request_id, num_prompt_tokens, num_output_tokens, asyncio.get_running_loop().create_future())

@@ -44,6 +44,28 @@ class _Record:
     deaths: set[str] = dataclasses.field(default_factory=set)
 
 
+class Turn:
+    """One attempt of a request.
+
+    Args:
+        alone: Held if no other suspect may be tried meanwhile.
+    """
+
+    def __init__(self, alone: asyncio.Lock | None = None) -> None:
+        self._alone = alone
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether others wait for its end."""
+        return self._alone is not None
+
+    def end(self) -> None:
+        """Let others be tried: the request is cleared, or its attempt is over."""
+        if self._alone is not None:
+            self._alone.release()
+            self._alone = None
+
+
 class Suspects:
     """What one ingress knows of the deaths of one model's replicas.
 
@@ -83,29 +105,26 @@ class Suspects:
         return True
 
     @asynccontextmanager
-    async def turn(self, request: ResumableRequest) -> AsyncIterator[Callable[[], None]]:
-        """Wait until a request may be tried; the callable given ends its turn early, once it is cleared.
+    async def turn(self, request: ResumableRequest) -> AsyncIterator[Turn]:
+        """Wait until a request may be tried, and keep others from it as long as it is tried alone.
 
         Raises:
             PoisonedRequestError: It may not be tried (again).
         """
-        if self._check(request) < MAX_DEATHS - 1:
-            yield _nothing
+        if not self._is_last_try(request):
+            yield Turn()
             return
         await self._alone.acquire()
-        is_held = True
-
-        def release() -> None:
-            nonlocal is_held
-            if is_held:
-                is_held = False
-                self._alone.release()
-
+        turn = Turn(self._alone)
         try:
-            self._check(request)  # another one like it may have had its turn meanwhile
-            yield release
+            if not self._is_last_try(request):  # another one like it has had its turn meanwhile
+                turn.end()
+            yield turn
         finally:
-            release()
+            turn.end()
+
+    def _is_last_try(self, request: ResumableRequest) -> bool:
+        return self._check(request) == MAX_DEATHS - 1
 
     def _check(self, request: ResumableRequest) -> int:
         """The number of deaths, which must be small enough."""
@@ -121,7 +140,3 @@ class Suspects:
     def _find(self, request: ResumableRequest) -> _Record | None:
         record = self._records.get(request.digest)
         return record if record is not None and self._clock() - record.last_s < _MEMORY_S else None
-
-
-def _nothing() -> None:
-    """The end of a turn that nobody waits for."""
