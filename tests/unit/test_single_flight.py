@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -49,13 +50,26 @@ def run_together(count: int, run: Callable[[int], Flight[str]]) -> list[Flight[s
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_eight_at_once_make_one_build(kind: str, tmp_path: Path) -> None:
-    def slow() -> str:
-        time.sleep(0.1)
+    waiting: set[int] = set()
+
+    def build_when_all_others_wait() -> str:
+        deadline = time.monotonic() + 60
+        while len(waiting) < 7 and time.monotonic() < deadline:
+            time.sleep(0.01)
         return "made"
 
-    shelf = Shelf(slow)
+    def fly(_: int) -> Flight[str]:
+        return single_flight(
+            shelf.work(),
+            leases or FileLeases(tmp_path),
+            patient,
+            on_wait=lambda _: waiting.add(threading.get_ident()),
+        )
+
+    shelf = Shelf(build_when_all_others_wait)
+    patient = dataclasses.replace(QUICK, deadline_s=60.0, longest_build_s=60.0)
     leases = MemoryLeases() if kind == "memory" else None
-    flights = run_together(8, lambda _: single_flight(shelf.work(), leases or FileLeases(tmp_path), QUICK))
+    flights = run_together(8, fly)
     assert shelf.num_builds == 1
     assert sorted(flight.outcome for flight in flights) == ["built"] + ["waited"] * 7
     assert {flight.value for flight in flights} == {"made"}
