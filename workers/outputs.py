@@ -65,16 +65,29 @@ class TokenChunk:
     num_cached_tokens: int | None = None
     error: str | None = None
 
-    def __reduce__(self) -> tuple[object, ...]:
-        # Chunks cross processes by the thousand; a slotted dataclass's own way costs several times as much.
-        plain = (self.request_id, self.token_ids, self.text)
-        rest = (self.logprobs, self.prompt_logprobs, self.finish_reason, self.stop_reason, self.num_cached_tokens)
-        if self.error is None and rest == _NOTHING_ELSE:
-            return TokenChunk, plain
-        return TokenChunk, (*plain, *rest, self.error)
+    @property
+    def is_plain(self) -> bool:
+        """Whether it has tokens and text and nothing else, as nearly every chunk of a decode step."""
+        return (
+            self.finish_reason is None
+            and self.logprobs is None
+            and self.num_cached_tokens is None
+            and self.prompt_logprobs is None
+            and self.stop_reason is None
+            and self.error is None
+        )
 
-
-_NOTHING_ELSE = (None,) * 5
+    @property
+    def rest(self) -> tuple[object, ...]:
+        """All fields after ``text``, in order."""
+        return (
+            self.logprobs,
+            self.prompt_logprobs,
+            self.finish_reason,
+            self.stop_reason,
+            self.num_cached_tokens,
+            self.error,
+        )
 
 
 def join_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:

@@ -1,7 +1,7 @@
 """What happens around every request: its id, its metrics, a client that leaves, an error that nobody expected.
 
-Plain ASGI, because a wrapper that re-sends every chunk through a queue would cost more than the chunk. The cost per
-chunk here is one function call.
+Plain ASGI, because a wrapper that re-sends every chunk through a queue would cost more than the chunk. A stream of
+small parts goes past the layers inside this one, which look at the start and the end of a response only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cluster.api.eager import start_eagerly
 from cluster.api.errors import to_api_error
 from cluster.api.metrics import HttpMetrics
 from workers.errors import InvalidRequestError
@@ -27,6 +28,8 @@ CLIENT_CLOSED_REQUEST = 499
 
 #: Methods that metrics name; a client could send any word.
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+#: Where a scope keeps its exchange.
+_SCOPE_KEY = "warmgraph.exchange"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -44,7 +47,7 @@ class RequestMiddleware:
         self._app = app
         self._metrics = metrics
         self._stalled_client_s = stalled_client_s
-        self._open: set[_Exchange] = set()
+        self._open: set[Exchange] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,7 +55,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         self._metrics.in_flight.inc()
-        exchange = _Exchange(receive, send, _header(scope, b"x-request-id"))
+        exchange = scope[_SCOPE_KEY] = Exchange(receive, send, _header(scope, b"x-request-id"))
         self._open.add(exchange)
         if self._sweeper is None:
             self._sweeper = asyncio.create_task(self._sweep())
@@ -77,8 +80,8 @@ class RequestMiddleware:
         self._sweeper = None
 
 
-class _Exchange:
-    """One request and its response.
+class Exchange:
+    """One request and its response; an endpoint finds it with :meth:`of`.
 
     Attributes:
         status: Of the response; 499 if the client left before it was complete.
@@ -96,6 +99,12 @@ class _Exchange:
         self._watch: asyncio.Task[None] | None = None
         self._has_left = False
         self._has_started = False
+
+    @classmethod
+    def of(cls, scope: Scope) -> Exchange:
+        """The exchange that a scope belongs to."""
+        exchange: Exchange = scope[_SCOPE_KEY]
+        return exchange
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
         """Answer the request; returns without an answer if the client leaves."""
@@ -147,6 +156,24 @@ class _Exchange:
         self.sending_since_s = time.monotonic()
         try:
             await self._send(message)
+        except OSError:
+            raise ClientDisconnect from None
+        self.sending_since_s = None
+
+    def push(self, part: bytes) -> asyncio.Task[None] | None:
+        """Send a part of a response that has started; None if it is sent, else the task that waits for the client.
+
+        Raises:
+            ClientDisconnect: The connection is broken; the task may raise it, too.
+        """
+        task = start_eagerly(self._push(part))
+        if task is not None:
+            self.sending_since_s = time.monotonic()
+        return task
+
+    async def _push(self, part: bytes) -> None:
+        try:
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
         except OSError:
             raise ClientDisconnect from None
         self.sending_since_s = None

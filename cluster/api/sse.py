@@ -11,12 +11,14 @@ import json
 from json.encoder import encode_basestring_ascii
 from typing import Any, Protocol
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from cluster.api.eager import start_eagerly
 from cluster.api.errors import to_api_error
 from cluster.api.generation import Generation
+from cluster.api.middleware import Exchange
 from cluster.api.responses import Usage
 from workers.outputs import TokenChunk, join_chunks
 
@@ -91,12 +93,14 @@ class EventStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start: Message = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        writer = _EventWriter(start, send, self._encoder)
+        writer = _EventWriter(start, send, Exchange.of(scope), self._encoder)
         try:
             try:
                 await self._generation.run(writer.put)
+            except ClientDisconnect:
+                raise
             except Exception as error:
-                if not writer.has_begun or writer.has_failed:
+                if not writer.has_begun:
                     raise
                 last = f"data: {_dump(to_api_error(error).body())}\n\n".encode()  # the status is sent
             else:
@@ -111,19 +115,19 @@ class _EventWriter:
 
     Args:
         start: The message that begins the response, sent before the first event.
-        send: The server's.
+        send: What sends the beginning and the end.
+        exchange: What sends events between them.
         encoder: Makes the events.
 
     Attributes:
         has_begun: The response's status is sent, or about to be.
-        has_failed: Sending failed: there is nobody to tell anything.
     """
 
-    def __init__(self, start: Message, send: Send, encoder: ChunkEncoder) -> None:
+    def __init__(self, start: Message, send: Send, exchange: Exchange, encoder: ChunkEncoder) -> None:
         self.has_begun = False
-        self.has_failed = False
         self._start = start
         self._send = send
+        self._push = exchange.push
         self._encode = encoder.encode
         self._sending: asyncio.Task[None] | None = None
         self._held: dict[int, list[TokenChunk]] = {}
@@ -132,16 +136,20 @@ class _EventWriter:
         """Send the events of a choice's chunk, or hold it until the client has taken what was sent before.
 
         Raises:
-            Exception: What the server raised, now or since the last call.
+            ClientDisconnect: The connection is broken.
         """
         if self._sending is not None:
             if not self._sending.done():
                 self._hold(index, chunk)
                 return
             self._sending.result()
+            self._sending = None
         events = self._encode(index, chunk)
-        if events:
-            self._sending = start_eagerly(self._write(events))
+        if not events:
+            return
+        sending = self._push(events) if self.has_begun else start_eagerly(self._begin(events))
+        if sending is not None:
+            self._sending = asyncio.get_running_loop().create_task(self._catch_up(sending))
 
     async def close(self, last: bytes) -> None:
         """Send what is held, then ``last``, and end the response."""
@@ -154,19 +162,21 @@ class _EventWriter:
         if self._sending is not None:
             self._sending.cancel()
 
-    async def _write(self, events: bytes) -> None:
-        try:
-            if not self.has_begun:
-                self.has_begun = True
-                await self._send(self._start)
-            await self._send({"type": "http.response.body", "body": events, "more_body": True})
-            while self._held:
-                held, self._held = self._held, {}
-                events = b"".join([self._encode(index, join_chunks(chunks)) for index, chunks in held.items()])
-                await self._send({"type": "http.response.body", "body": events, "more_body": True})
-        except Exception:
-            self.has_failed = True
-            raise
+    async def _begin(self, events: bytes) -> None:
+        self.has_begun = True
+        await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def _catch_up(self, sending: asyncio.Task[None] | None) -> None:
+        """Wait for the client, then send what was held meanwhile, until nothing is."""
+        while True:
+            if sending is not None:
+                await sending
+            if not self._held:
+                return
+            held, self._held = self._held, {}
+            events = b"".join([self._encode(index, join_chunks(part)) for index, part in held.items()])
+            sending = self._push(events) if events else None
 
     def _hold(self, index: int, chunk: TokenChunk) -> None:
         held = self._held.setdefault(index, [])
