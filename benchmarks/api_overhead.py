@@ -54,9 +54,9 @@ class StubModel:
     def models(self) -> list[StubModel]:
         return [self]
 
-    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
+    async def generate(self, request: GenerateRequest, on_chunks: ChunkSink) -> None:
         ended = asyncio.get_running_loop().create_future()
-        self._streams[request.request_id] = on_chunk, ended
+        self._streams[request.request_id] = on_chunks, ended
         if len(self._streams) == self._num_streams:
             self._full.set()
         await ended
@@ -69,8 +69,8 @@ class StubModel:
             if step == 0:
                 started_s = time.process_time()
             reason = FinishReason.LENGTH if step == num_tokens - 1 else None
-            for request_id, (on_chunk, _) in self._streams.items():
-                on_chunk(TokenChunk(request_id, token_ids=[7], text=" token", finish_reason=reason))
+            for request_id, (on_chunks, _) in self._streams.items():
+                on_chunks([TokenChunk(request_id, token_ids=[7], text=" token", finish_reason=reason)])
             await asyncio.sleep(0)  # a server sends at the end of a turn of the loop
         seconds = time.process_time() - started_s
         for _, ended in self._streams.values():
@@ -112,7 +112,7 @@ async def measure_stub(num_streams: int, num_tokens: int) -> float:
     stub = TokenizedStub(num_streams)
 
     def read(number: int) -> Coroutine[Any, Any, None]:
-        return stub.generate(GenerateRequest(str(number), [1], None), lambda chunk: None)  # type: ignore[arg-type]  # not read
+        return stub.generate(GenerateRequest(str(number), [1], None), lambda chunks: None)  # type: ignore[arg-type]  # not read
 
     readers = [asyncio.create_task(read(number)) for number in range(num_streams)]
     seconds = await stub.run(num_tokens)

@@ -109,7 +109,7 @@ class FakeClient:
     async def deployment_state(self) -> DeploymentState | None:
         return self.deployment
 
-    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
+    async def generate(self, request: GenerateRequest, on_chunks: ChunkSink) -> None:
         self.requests.append(request)
         self.open.add(request.request_id)
         is_first = True
@@ -128,7 +128,7 @@ class FakeClient:
                 if request.params.logprobs is not None and chunk.logprobs is None:
                     chunk.logprobs = [_logprobs(chunk.text, request.params.logprobs) for _ in chunk.token_ids]
                 try:
-                    on_chunk(chunk)
+                    on_chunks([chunk])
                 except Exception:
                     self.aborted.append(request.request_id)
                     raise

@@ -110,7 +110,7 @@ class FakeReplica:
             await self.abort([i for i, (_, owner, _) in self.running.items() if owner == client_id])
 
     async def _be_alive(self) -> None:
-        while self.is_stopped:
+        while self.is_stopped and not self.is_dead:
             await asyncio.sleep(STEP_S)
         if self.is_dead:
             raise RayActorError

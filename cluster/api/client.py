@@ -42,8 +42,9 @@ class Tokenizer(Protocol):
         ...
 
 
-#: Receives the chunks of one completion in order, each as it comes. It must not block; what it raises ends the request.
-ChunkSink = Callable[[TokenChunk], None]
+#: Receives the chunks of one completion in order: one for each step, several if steps came together. It must not block;
+#: what it raises ends the request.
+ChunkSink = Callable[[Sequence[TokenChunk]], None]
 
 
 class ModelClient(Protocol):
@@ -79,7 +80,7 @@ class ModelClient(Protocol):
         """Whether a replica is ready to serve (or, scaled to zero, would be started by a request)."""
         ...
 
-    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
+    async def generate(self, request: GenerateRequest, on_chunks: ChunkSink) -> None:
         """Generate one completion; returns after its last chunk, the one with a ``finish_reason``.
 
         Chunks are pushed, not pulled: waking a task for every token costs more than all that is done with the token.

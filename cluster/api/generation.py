@@ -21,8 +21,8 @@ from cluster.messages import GenerateRequest
 from workers.errors import EngineDeadError, QueueFullError, UserError
 from workers.outputs import FinishReason, TokenChunk, join_chunks
 
-#: Receives a choice's index and what it got.
-ChoiceSink = Callable[[int, TokenChunk], None]
+#: Receives a choice's index and what it got: one chunk, or several that came together.
+ChoiceSink = Callable[[int, Sequence[TokenChunk]], None]
 
 
 class Generation:
@@ -64,8 +64,8 @@ class Generation:
         self._num_read_tokens = 0
         self._is_unread = False  # the reader failed, say because its client has gone
 
-    async def run(self, on_chunk: ChoiceSink) -> None:
-        """Generate all choices; ``on_chunk`` gets every chunk with its choice's index. Cancelling aborts them.
+    async def run(self, on_chunks: ChoiceSink) -> None:
+        """Generate all choices; ``on_chunks`` gets every chunk with its choice's index. Cancelling aborts them.
 
         Raises:
             QueueFullError, EngineDeadError, UserError: From the model; the other choices are aborted.
@@ -76,7 +76,7 @@ class Generation:
         num_charged = sum(len(r.prompt_token_ids) + (r.params.max_tokens or 0) for r in self.requests)
         self._caller.take_tokens(num_charged)
         try:
-            await self._run_until_deadline(on_chunk)
+            await self._run_until_deadline(on_chunks)
             if self._unfinished:
                 raise EngineDeadError("The stream of tokens ended before the completion was finished; try again.")
         except (asyncio.CancelledError, DeadlineExceededError):
@@ -93,7 +93,7 @@ class Generation:
     async def collect(self) -> list[TokenChunk]:
         """Every choice as one chunk. Raises what :meth:`run` raises."""
         parts: list[list[TokenChunk]] = [[] for _ in self.requests]
-        await self.run(lambda index, chunk: parts[index].append(chunk))
+        await self.run(lambda index, chunks: parts[index].extend(chunks))
         return [join_chunks(chunks_of_choice) for chunks_of_choice in parts]
 
     def usage(self) -> Usage:
@@ -105,10 +105,10 @@ class Generation:
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._num_cached_tokens),
         )
 
-    async def _run_until_deadline(self, on_chunk: ChoiceSink) -> None:
+    async def _run_until_deadline(self, on_chunks: ChoiceSink) -> None:
         try:
             async with asyncio.timeout(self._caller.time_left_s()) as deadline:
-                await self._run_all([self._sink(index, on_chunk) for index in range(len(self.requests))])
+                await self._run_all([self._sink(index, on_chunks) for index in range(len(self.requests))])
         except TimeoutError:
             if not deadline.expired():
                 raise
@@ -132,23 +132,29 @@ class Generation:
                 choice.cancel()
             await asyncio.gather(*choices, return_exceptions=True)
 
-    def _sink(self, index: int, on_chunk: ChoiceSink) -> ChunkSink:
+    def _sink(self, index: int, on_chunks: ChoiceSink) -> ChunkSink:
         """Where a choice's chunks go."""
 
-        def receive(chunk: TokenChunk) -> None:
+        def receive(chunks: Sequence[TokenChunk]) -> None:
+            failure = _failure(chunks[-1])
+            if failure is not None:
+                chunks = chunks[:-1]
             if self._discard_output:
-                _discard_output(chunk)
-            self._account(index, chunk)
-            try:
-                on_chunk(index, chunk)
-            except Exception:
-                self._is_unread = True
-                raise
+                _discard_output(chunks)
+            if chunks:
+                self._account(index, chunks)
+                try:
+                    on_chunks(index, chunks)
+                except Exception:
+                    self._is_unread = True
+                    raise
+            if failure is not None:
+                raise failure
 
         return receive
 
-    def _account(self, index: int, chunk: TokenChunk) -> None:
-        num_tokens = len(chunk.token_ids)
+    def _account(self, index: int, chunks: Sequence[TokenChunk]) -> None:
+        num_tokens = len(chunks[0].token_ids) if len(chunks) == 1 else sum(len(chunk.token_ids) for chunk in chunks)
         if num_tokens:
             now, last = time.perf_counter(), self._last_token_s[index]
             if last is None:
@@ -158,26 +164,31 @@ class Generation:
             self._last_token_s[index] = now
             self._metrics.tokens.num_tokens += num_tokens
             self._num_generated_tokens += num_tokens
-        if chunk.num_cached_tokens is not None:  # a choice's first chunk
-            self._num_read_tokens += len(self.requests[index].prompt_token_ids)
-        if chunk.num_cached_tokens is not None and index % self._n == 0:  # a prompt's first chunk
-            self._num_cached_tokens += chunk.num_cached_tokens
-            self._metrics.prompt_tokens.inc(len(self.requests[index].prompt_token_ids))
-        if chunk.finish_reason is not None:
-            self._finish(index, chunk)
-
-    def _finish(self, index: int, chunk: TokenChunk) -> None:
-        if chunk.finish_reason is FinishReason.ERROR:
-            raise GenerationFailedError(chunk.error or "The engine failed on this request.")
-        if chunk.finish_reason is FinishReason.ABORT:
-            raise GenerationFailedError(chunk.error or "The server aborted the request; try again.")
-        assert chunk.finish_reason is not None
-        self._unfinished.discard(index)
-        self._metrics.finished[chunk.finish_reason.value].inc()
-        self._metrics.e2e_latency.observe(time.perf_counter() - self._started_s)
+        num_cached_tokens = chunks[0].num_cached_tokens
+        if num_cached_tokens is not None:  # a choice's first chunk
+            num_prompt_tokens = len(self.requests[index].prompt_token_ids)
+            self._num_read_tokens += num_prompt_tokens
+            if index % self._n == 0:  # a prompt's first choice
+                self._num_cached_tokens += num_cached_tokens
+                self._metrics.prompt_tokens.inc(num_prompt_tokens)
+        finish_reason = chunks[-1].finish_reason
+        if finish_reason is not None:
+            self._unfinished.discard(index)
+            self._metrics.finished[finish_reason.value].inc()
+            self._metrics.e2e_latency.observe(time.perf_counter() - self._started_s)
 
 
-def _discard_output(chunk: TokenChunk) -> None:
-    chunk.token_ids, chunk.text, chunk.logprobs, chunk.stop_reason = [], "", None, None
-    if chunk.finish_reason is FinishReason.STOP:
-        chunk.finish_reason = FinishReason.LENGTH
+def _failure(chunk: TokenChunk) -> GenerationFailedError | None:
+    """Why a choice failed, if this is the chunk that tells."""
+    if chunk.finish_reason is FinishReason.ERROR:
+        return GenerationFailedError(chunk.error or "The engine failed on this request.")
+    if chunk.finish_reason is FinishReason.ABORT:
+        return GenerationFailedError(chunk.error or "The server aborted the request; try again.")
+    return None
+
+
+def _discard_output(chunks: Sequence[TokenChunk]) -> None:
+    for chunk in chunks:
+        chunk.token_ids, chunk.text, chunk.logprobs, chunk.stop_reason = [], "", None, None
+        if chunk.finish_reason is FinishReason.STOP:
+            chunk.finish_reason = FinishReason.LENGTH

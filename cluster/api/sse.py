@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any, Protocol
 
@@ -132,19 +133,22 @@ class _EventWriter:
         self._sending: asyncio.Task[None] | None = None
         self._held: dict[int, list[TokenChunk]] = {}
 
-    def put(self, index: int, chunk: TokenChunk) -> None:
-        """Send the events of a choice's chunk, or hold it until the client has taken what was sent before.
+    def put(self, index: int, chunks: Sequence[TokenChunk]) -> None:
+        """Send the events of a choice's chunks in one piece, or hold them while the client has not taken those before.
 
         Raises:
             ClientDisconnect: The connection is broken.
         """
         if self._sending is not None:
             if not self._sending.done():
-                self._hold(index, chunk)
+                self._hold(index, chunks)
                 return
             self._sending.result()
             self._sending = None
-        events = self._encode(index, chunk)
+        if len(chunks) == 1:
+            events = self._encode(index, chunks[0])
+        else:
+            events = b"".join([self._encode(index, chunk) for chunk in chunks])
         if not events:
             return
         sending = self._push(events) if self.has_begun else start_eagerly(self._begin(events))
@@ -178,8 +182,8 @@ class _EventWriter:
             events = b"".join([self._encode(index, join_chunks(part)) for index, part in held.items()])
             sending = self._push(events) if events else None
 
-    def _hold(self, index: int, chunk: TokenChunk) -> None:
+    def _hold(self, index: int, chunks: Sequence[TokenChunk]) -> None:
         held = self._held.setdefault(index, [])
-        held.append(chunk)
+        held.extend(chunks)
         if len(held) > _MAX_HELD:
             self._held[index] = [join_chunks(held)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -94,8 +95,8 @@ class Fleet:
         """Requests that wait here for a place at a replica."""
         return self._gate.num_waiting
 
-    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
-        """Run a request on a replica of the policy's choice; ``on_chunk`` gets its chunks. Cancelling aborts it.
+    async def generate(self, request: GenerateRequest, on_chunks: ChunkSink) -> None:
+        """Run a request on a replica of the policy's choice; ``on_chunks`` gets its chunks. Cancelling aborts it.
 
         If the replica is lost the request goes on elsewhere, from the last token that was handed out.
 
@@ -109,23 +110,28 @@ class Fleet:
         while not resumable.is_finished:
             async with self._suspects.turn(resumable) as turn:
                 try:
-                    await self._attempt(resumable, turn, on_chunk)
+                    await self._attempt(resumable, turn, on_chunks)
                 except ReplicaLostError as lost:
                     self._suspects.note_death(resumable, lost.death)
         self._gate.finish(request, resumable.num_tokens)
 
-    async def _attempt(self, resumable: ResumableRequest, turn: Turn, on_chunk: ChunkSink) -> None:
+    async def _attempt(self, resumable: ResumableRequest, turn: Turn, on_chunks: ChunkSink) -> None:
         """Run a request on one replica, to its end if the replica lives to see it."""
         attempt = resumable.next_attempt()
         link, stream = await self._submit(attempt, is_alone=turn.is_alone)
 
-        def receive(chunk: TokenChunk) -> None:
-            if chunk.finish_reason is FinishReason.ERROR:
-                raise ReplicaLostError(chunk.error or "The engine stopped.", link.connection_id)
-            resumable.accept(chunk)
+        def receive(chunks: Sequence[TokenChunk]) -> None:
+            lost = chunks[-1] if chunks[-1].finish_reason is FinishReason.ERROR else None
+            if lost is not None:
+                chunks = chunks[:-1]
+            for chunk in chunks:
+                resumable.accept(chunk)
             if self._suspects.has_any and self._suspects.is_cleared(resumable):
                 turn.end()
-            on_chunk(chunk)
+            if chunks:
+                on_chunks(chunks)
+            if lost is not None:
+                raise ReplicaLostError(lost.error or "The engine stopped.", link.connection_id)
 
         try:
             await stream.read(receive)

@@ -27,6 +27,7 @@ from cluster.serving.failover import ReplicaLostError
 from cluster.serving.step_socket import read_messages
 from cluster.serving.token_stream import TokenStream
 from workers.errors import EngineDeadError
+from workers.outputs import TokenChunk
 
 logger = logging.getLogger("ray.serve")
 
@@ -155,10 +156,13 @@ class ReplicaLink:
             self._forget_reported(message)
         if not was_connected:
             self._on_change()
+        chunks: dict[str, list[TokenChunk]] = {}
         for chunk in message.chunks:
-            stream = self._streams.get(chunk.request_id)
+            chunks.setdefault(chunk.request_id, []).append(chunk)
+        for request_id, own in chunks.items():
+            stream = self._streams.get(request_id)
             if stream is not None:
-                stream.put(chunk)
+                stream.put(own)
         self._on_state()
 
     def _forget_reported(self, message: StepMessage) -> None:

@@ -49,9 +49,9 @@ class ServedModel:
         """Whether a replica is connected, or would be started by a request."""
         return self._starts_on_demand or bool(self.fleet.snapshots)
 
-    async def generate(self, request: GenerateRequest, on_chunk: ChunkSink) -> None:
+    async def generate(self, request: GenerateRequest, on_chunks: ChunkSink) -> None:
         """Generate one completion on a replica; see :meth:`Fleet.generate`."""
-        await self.fleet.generate(request, on_chunk)
+        await self.fleet.generate(request, on_chunks)
 
     async def status(self) -> dict[str, ReplicaStatus]:
         """Every connected replica's account of itself, by replica id."""

@@ -7,6 +7,7 @@ costs more than all that is done with the token. Knows nothing about where chunk
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from cluster.api.client import ChunkSink
 from workers.outputs import TokenChunk
@@ -24,19 +25,19 @@ class TokenStream:
         self._error: Exception | None = None
         self._is_over = False
 
-    def put(self, chunk: TokenChunk) -> None:
-        """Hand on what a step brought; an error of the reader ends the stream, and is raised where it reads."""
+    def put(self, chunks: Sequence[TokenChunk]) -> None:
+        """Hand on what a message brought; an error of the reader ends the stream, and is raised where it reads."""
         if self._is_over:
             return
         if self._sink is None:
-            self._early.append(chunk)
+            self._early.extend(chunks)
             return
         try:
-            self._sink(chunk)
+            self._sink(chunks)
         except Exception as error:  # noqa: BLE001  # raised again by read()
             self.fail(error)
         else:
-            if chunk.finish_reason is not None:
+            if chunks[-1].finish_reason is not None:
                 self._end()
 
     def fail(self, error: Exception) -> None:
@@ -51,11 +52,11 @@ class TokenStream:
         Raises:
             Exception: What :meth:`fail` was given, or what ``sink`` raised.
         """
-        for chunk in self._early:
-            sink(chunk)
-            if chunk.finish_reason is not None:
+        early, self._early = self._early, []
+        if early:
+            sink(early)
+            if early[-1].finish_reason is not None:
                 return
-        self._early.clear()
         if not self._is_over:
             self._sink = sink
             self._ended = asyncio.get_running_loop().create_future()

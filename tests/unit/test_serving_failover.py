@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -24,7 +25,7 @@ def make_request(name: str, params: SamplingParams = GREEDY) -> GenerateRequest:
 
 async def collect(cluster: FakeCluster, request: GenerateRequest) -> list[TokenChunk]:
     chunks: list[TokenChunk] = []
-    await cluster.fleet.generate(request, chunks.append)
+    await cluster.fleet.generate(request, chunks.extend)
     return chunks
 
 
@@ -185,7 +186,7 @@ async def test_a_reader_that_raises_ends_its_own_request_and_no_other() -> None:
     request = make_request("good", SamplingParams(temperature=0.0, max_tokens=100))
     good = asyncio.create_task(collect(cluster, request))
 
-    def refuse(chunk: TokenChunk) -> None:
+    def refuse(chunks: Sequence[TokenChunk]) -> None:
         raise ZeroDivisionError("the reader's own")
 
     with pytest.raises(ZeroDivisionError, match="the reader's own"):
@@ -262,6 +263,8 @@ async def test_chaos() -> None:
         assert_is_undisturbed(request, chunks)
     alive = [replica for replica in cluster.replicas if not replica.is_dead and not replica.is_stopped]
     await until(lambda: not any(replica.running for replica in alive))
+    for replica in cluster.replicas:
+        replica.die()  # one that stays stopped would never let go of its step stream
 
 
 # --- one request -----------------------------------------------------------------------------------------------------

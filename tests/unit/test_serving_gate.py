@@ -140,7 +140,7 @@ async def test_choices_of_a_request_go_in_parts_that_fit_one_call_for_each() -> 
     await until(lambda: {s.state.max_num_seqs for s in cluster.fleet.snapshots} == {4, 8})
 
     async def run(number: int) -> None:
-        await cluster.fleet.generate(request(str(number), max_tokens=50), lambda chunk: None)
+        await cluster.fleet.generate(request(str(number), max_tokens=50), lambda chunks: None)
 
     choices = [asyncio.create_task(run(number)) for number in range(12)]
     await until(lambda: sum(len(replica.received) for replica in replicas) == 12)
@@ -158,7 +158,7 @@ async def test_a_fleet_never_sends_more_than_a_replica_has_places() -> None:
 
     async def run(number: int) -> int:
         chunks: list[TokenChunk] = []
-        await cluster.fleet.generate(request(str(number), max_tokens=5), chunks.append)
+        await cluster.fleet.generate(request(str(number), max_tokens=5), chunks.extend)
         return sum(len(chunk.token_ids) for chunk in chunks)
 
     assert await asyncio.gather(*(run(number) for number in range(60))) == [5] * 60
