@@ -39,7 +39,11 @@ VOCAB_SIZE = 257
 
 def stub_token(prompt_token_ids: Sequence[int], position: int) -> int:
     """The token at an output position: a small letter, by its byte."""
-    return 97 + (sum(prompt_token_ids) * 31 + position * 7) % 26
+    return _token(sum(prompt_token_ids), position)
+
+
+def _token(prompt_sum: int, position: int) -> int:
+    return 97 + (prompt_sum * 31 + position * 7) % 26
 
 
 class StubEngine:
@@ -54,7 +58,7 @@ class StubEngine:
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
         self._next_step_s = 0.0
-        self._live: dict[str, tuple[Sequence[int], int, int]] = {}
+        self._live: dict[str, tuple[int, int, int]] = {}
         self.num_steps = self._num_generated = self._num_finished = self._num_aborted = 0
 
     def add_request(
@@ -68,7 +72,7 @@ class StubEngine:
     ) -> None:
         """Start a request at once."""
         assert params.max_tokens is not None
-        self._live[request_id] = (prompt_token_ids, len(resume_token_ids), params.max_tokens)
+        self._live[request_id] = (sum(prompt_token_ids), len(resume_token_ids), params.max_tokens)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget requests."""
@@ -87,6 +91,7 @@ class StubEngine:
             time.sleep(self._next_step_s - now)
         self._next_step_s = max(self._next_step_s, now - self._step_s) + self._step_s
         self.num_steps += 1
+        self._num_generated += len(self._live)
         return [self._advance(*item) for item in [*self._live.items()]]
 
     def follow_prefixes(self) -> None:
@@ -129,12 +134,11 @@ class StubEngine:
             scheduler, self.num_steps, 0, 0, self._num_generated, self._num_finished, self._num_aborted, 0.0, (), True
         )
 
-    def _advance(self, request_id: str, live: tuple[Sequence[int], int, int]) -> TokenChunk:
-        prompt, position, max_tokens = live
-        token = stub_token(prompt, position)
+    def _advance(self, request_id: str, live: tuple[int, int, int]) -> TokenChunk:
+        prompt_sum, position, max_tokens = live
+        token = _token(prompt_sum, position)
         chunk = TokenChunk(request_id, [token], chr(token))
-        self._live[request_id] = (prompt, position + 1, max_tokens)
-        self._num_generated += 1
+        self._live[request_id] = (prompt_sum, position + 1, max_tokens)
         if position + 1 >= max_tokens:
             chunk.finish_reason = FinishReason.LENGTH
             self._num_finished += 1
