@@ -17,6 +17,7 @@ from cluster.routing import running_replicas
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
 from cluster.serving.fleet import Fleet
 from cluster.serving.outbox import Outbox
+from cluster.serving.refusals import Refusals
 from tests.replica_states import replica_state
 from workers.outputs import FinishReason, TokenChunk
 
@@ -91,6 +92,10 @@ class FakeReplica:
         self.most_running = max(self.most_running, len(self.running))
         return SubmitReply(True)
 
+    async def stats(self) -> str:
+        await self._be_alive()
+        return f"figures of {self.replica_id}"
+
     async def abort(self, request_ids: list[str]) -> None:
         await self._be_alive()
         self.aborted += request_ids
@@ -161,6 +166,10 @@ class FakeHandle:
         return _Method(lambda replica, *args: replica.submit(*args), self)
 
     @property
+    def stats(self) -> Any:
+        return _Method(lambda replica: replica.stats(), self)
+
+    @property
     def abort(self) -> Any:
         return _Method(lambda replica, *args: replica.abort(*args), self)
 
@@ -188,12 +197,12 @@ class _Steps:
 class FakeCluster:
     """A fleet over fake replicas, and what Serve does to them."""
 
-    def __init__(self, policy: Callable[..., str], **replicas: Any) -> None:
+    def __init__(self, policy: Callable[..., str], refusals: Refusals | None = None, **replicas: Any) -> None:
         self.handle = FakeHandle()
         self.poison: Callable[[GenerateRequest, int], bool] = lambda request, position: False
         self.num_started = 0
         config = ReplicaConfig(**{"start_timeout_s": 2.0, "heartbeat_timeout_s": HEARTBEAT_TIMEOUT_S, **replicas})
-        self.fleet = Fleet(self.handle, policy, config)  # type: ignore[arg-type]  # a fake
+        self.fleet = Fleet(self.handle, policy, config, refusals=refusals)  # type: ignore[arg-type]  # a fake
         self.fleet.start()
 
     @property

@@ -22,6 +22,7 @@ from cluster.routing.snapshot import ReplicaSnapshot, RoutingRequest
 from cluster.serving.failover import ReplicaLostError, ResumableRequest
 from cluster.serving.gate import Gate
 from cluster.serving.link import SILENT_TICKS, ReplicaLink, call_any_replica
+from cluster.serving.refusals import Refusals
 from cluster.serving.serve_state import deployment_state
 from cluster.serving.suspects import Suspects, Turn
 from cluster.serving.token_stream import TokenStream
@@ -32,6 +33,11 @@ from workers.scheduler.prefix_journal import names_of
 
 #: Pause before replicas that gave no answer are asked again, in seconds.
 _RETRY_S = 0.1
+#: Longest wait for a replica's figures, in seconds: one that has just died must not spoil a scrape of all, for which
+#: Prometheus waits 10 s.
+_ASK_TIMEOUT_S = 5.0
+#: How often an ingress asks what others refused, in seconds.
+_REFUSALS_INTERVAL_S = 1.0
 #: Pace at which replicas are told the load, in seconds, and how long a report waits for requests that come together.
 _REPORT_INTERVAL_S, _GATHER_S = 0.5, 0.1
 
@@ -45,6 +51,7 @@ class Fleet:
         replicas: Limits and time-outs.
         prefix_block_size: Tokens per KV block if the policy is to know cached prefixes, else None.
         node_id: Ray's id of this process' node.
+        refusals: What all ingresses know of requests that kill replicas; None if there is no other.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class Fleet:
         replicas: ReplicaConfig,
         prefix_block_size: int | None = None,
         node_id: str = "",
+        refusals: Refusals | None = None,
     ) -> None:
         self._handle = handle
         self._policy = policy
@@ -66,7 +74,8 @@ class Fleet:
         self._ingress_id = uuid.uuid4().hex
         self._waking: asyncio.Task[None] | None = None
         self._links: dict[str, ReplicaLink] = {}
-        self._suspects = Suspects()
+        self._refusals = refusals
+        self._suspects = Suspects(self._publish_refusal)
         self._connected = asyncio.Event()
         self._sequence = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -84,6 +93,8 @@ class Fleet:
         self._tasks.add(loop.create_task(self._tick()))
         if self._autoscaling is not None:
             self._tasks.add(loop.create_task(self._report_load()))
+        if self._refusals is not None:
+            self._tasks.add(loop.create_task(self._follow_refusals(self._refusals)))
 
     @property
     def snapshots(self) -> list[ReplicaSnapshot]:
@@ -152,7 +163,7 @@ class Fleet:
 
     async def _ask_all(self, method: str) -> dict[str, Any]:
         links = [link for link in self._links.values() if link.is_routable]
-        answers = await asyncio.gather(*(link.ask(method) for link in links))
+        answers = await asyncio.gather(*(_ask(link, method) for link in links))
         return {link.replica_id: answer for link, answer in zip(links, answers, strict=True) if answer is not None}
 
     async def _submit(self, request: GenerateRequest, *, is_alone: bool) -> tuple[ReplicaLink, TokenStream]:
@@ -205,6 +216,22 @@ class Fleet:
         with_room = [snapshot for snapshot in snapshots if self._gate.has_room(snapshot)]
         chosen = self._policy(routing, with_room or snapshots)
         return self._links[chosen], next(s.cached_tokens for s in snapshots if s.replica_id == chosen)
+
+    # Requests that kill replicas.
+
+    def _publish_refusal(self, digest: bytes) -> None:
+        if self._refusals is not None:
+            task = asyncio.get_running_loop().create_task(self._refusals.publish(digest))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _follow_refusals(self, refusals: Refusals) -> None:
+        """Learn what other ingresses refused, this one before a restart among them."""
+        while True:
+            refused = await refusals.read()
+            if refused is not None:
+                self._suspects.refused_elsewhere = refused
+            await asyncio.sleep(_REFUSALS_INTERVAL_S)
 
     # Autoscaling.
 
@@ -264,3 +291,11 @@ class Fleet:
             self._connected.set()
         else:
             self._connected.clear()
+
+
+async def _ask(link: ReplicaLink, method: str) -> Any:
+    """What a replica answers soon, or None."""
+    try:
+        return await asyncio.wait_for(link.ask(method), _ASK_TIMEOUT_S)
+    except TimeoutError:
+        return None

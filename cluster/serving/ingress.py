@@ -25,6 +25,7 @@ from cluster.environment import api_keys
 from cluster.routing.registry import load_policy
 from cluster.serving.engine_metrics import render_engine_metrics
 from cluster.serving.fleet import Fleet
+from cluster.serving.refusals import ClusterRefusals
 from cluster.serving.served_model import Directory, ServedModel
 from workers.errors import ConfigError
 
@@ -45,12 +46,14 @@ class Ingress:
         for model in self._config.models:
             policy = load_policy(model.routing.policy)
             reads_prefix = policy.reads_prefix and model.engine.enable_prefix_caching
+            handle = handles[model.name]
             fleet = Fleet(
-                handles[model.name],
+                handle,
                 policy.choose,
                 model.replicas,
                 model.engine.block_size if reads_prefix else None,
                 str(ray.get_runtime_context().get_node_id()),
+                ClusterRefusals(handle.app_name, handle.deployment_name),
             )
             models.append(ServedModel(model, fleet))
             self._metrics.watch_queue(model.name, lambda fleet=fleet: fleet.num_held)  # type: ignore[misc]  # bound now

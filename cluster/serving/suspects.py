@@ -70,10 +70,18 @@ class Suspects:
     """What one ingress knows of the deaths of one model's replicas.
 
     Args:
+        on_refusal: Told the digest of a request that is not tried again.
         clock: Seconds, monotonic.
+
+    Attributes:
+        refused_elsewhere: Digests of requests that other ingresses do not try again; filled by the fleet.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, on_refusal: Callable[[bytes], None] = lambda digest: None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.refused_elsewhere: frozenset[bytes] = frozenset()
+        self._on_refusal = on_refusal
         self._clock = clock
         self._records: collections.OrderedDict[bytes, _Record] = collections.OrderedDict()
         self._alone = asyncio.Lock()
@@ -91,6 +99,8 @@ class Suspects:
         record.num_tokens = max(record.num_tokens, request.num_tokens)
         record.deaths.add(death)
         self._records[request.digest] = record
+        if len(record.deaths) == MAX_DEATHS:
+            self._on_refusal(request.digest)
         while len(self._records) > _MEMORY_REQUESTS:
             self._records.popitem(last=False)
 
@@ -130,6 +140,8 @@ class Suspects:
         """The number of deaths, which must be small enough."""
         record = self._find(request) if self._records else None
         num_deaths = 0 if record is None else len(record.deaths)
+        if self.refused_elsewhere and request.digest in self.refused_elsewhere:
+            num_deaths = MAX_DEATHS
         if num_deaths >= MAX_DEATHS:
             raise PoisonedRequestError(
                 f"{num_deaths} replicas died at the same place of this request, so it is not tried again; "

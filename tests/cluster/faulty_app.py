@@ -1,5 +1,7 @@
 """Deploys a second application, of stub engines that fail on demand, to a running Ray cluster; then exits.
 
+It asks for API keys.
+
 Usage: python -m tests.cluster.faulty_app ADDRESS FOLDER
 
 What a prompt says is what happens in the step that includes it; what lies in the model's folder decides whether an
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from ray import serve
 
 from benchmarks.stub_engine import StubEngine, StubReplica, write_stub_model
@@ -24,6 +27,10 @@ from workers.outputs import TokenChunk
 from workers.startup.account import StartupAccount
 
 NAME = "faulty"
+#: API keys by name.
+KEYS = {"quiet": "sk-quiet", "flood": "sk-flood"}
+#: Full batch of each replica.
+MAX_NUM_SEQS = 4
 POISON, FREEZE, RAISE = b"poison", b"freeze", b"raise"
 #: While a file of this name lies in the model's folder, no engine can be built.
 BROKEN = "broken"
@@ -67,8 +74,14 @@ def main() -> None:
         "step_timeout_s": STEP_TIMEOUT_S,
         "heartbeat_timeout_s": 8,
     }
-    engine = {"model": str(write_stub_model(Path(folder))), "device": "cpu"}
-    config = {"name": NAME, "models": [{"name": NAME, "engine": engine, "replicas": replicas}]}
+    engine = {"model": str(write_stub_model(Path(folder))), "device": "cpu", "max_num_seqs": MAX_NUM_SEQS}
+    keys = Path(folder) / "keys.yaml"
+    keys.write_text(yaml.safe_dump({"keys": [{"name": name, "key": key} for name, key in KEYS.items()]}))
+    config = {
+        "name": NAME,
+        "models": [{"name": NAME, "engine": engine, "replicas": replicas}],
+        "admission": {"api_keys_file": str(keys)},
+    }
     serve.run(build(config, FaultyReplica), name=NAME, route_prefix=f"/{NAME}")
 
 

@@ -1,4 +1,4 @@
-"""Engines that die of a request, hang, raise, or cannot be built: the fleet lives on, and says what is wrong."""
+"""Engines that die of a request, hang, raise, or cannot be built, and clients that flood: the fleet lives on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import ray.util
 
 from benchmarks.stub_engine import stub_token
 from tests.cluster.conftest import Deployment
-from tests.cluster.faulty_app import BROKEN, FREEZE, NAME, POISON, RAISE
+from tests.cluster.faulty_app import BROKEN, FREEZE, KEYS, MAX_NUM_SEQS, NAME, POISON, RAISE
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -42,7 +42,8 @@ class Faulty:
 
     def status(self) -> dict[str, Any]:
         answer = httpx.get(f"{self.url}/status", timeout=60)
-        if answer.status_code == 404:  # until HAProxy knows the application, its URLs are the other one's
+        # Until HAProxy knows the application its URLs are the other one's, and without its ingress nobody answers.
+        if answer.status_code in (404, 502, 503):
             return {"replicas": {}}
         assert answer.status_code == 200, answer.text
         return dict(answer.json()["models"][NAME])
@@ -56,9 +57,16 @@ class Faulty:
     def wait_until_whole(self) -> None:
         self.wait_for(lambda status: len(status["replicas"]) == 3)
 
-    async def complete(self, prompt: bytes, max_tokens: int = 30) -> httpx.Response:
+    def num_held(self) -> float:
+        """Requests that wait at the ingress."""
+        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        return sum(
+            float(line.split()[-1]) for line in text.splitlines() if line.startswith("warmgraph_num_requests_held{")
+        )
+
+    async def complete(self, prompt: bytes, max_tokens: int = 30, key: str = KEYS["quiet"]) -> httpx.Response:
         body = {"model": NAME, "prompt": [*prompt], "max_tokens": max_tokens}
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with httpx.AsyncClient(timeout=120, headers={"Authorization": f"Bearer {key}"}) as client:
             return await client.post(f"{self.url}/v1/completions", json=body)
 
 
@@ -97,6 +105,37 @@ async def test_a_poisoned_request_is_refused_after_two_retries_and_the_others_li
     assert (await faulty.complete(POISON)).status_code == 500, "a client's own retry starts it all again"
     faulty.wait_until_whole()
     assert len(faulty.logs()) == num_started + 3, "the third replica that dies of it is the last one"
+    (ingress,) = faulty.deployment.pids(f"{NAME}:ingress")
+    os.kill(ingress, signal.SIGKILL)  # the next one has not seen anybody die
+    while ingress in (pids := faulty.deployment.pids(f"{NAME}:ingress")) or not pids:
+        await asyncio.sleep(0.3)
+    faulty.wait_until_whole()
+    assert (await faulty.complete(POISON)).json()["error"]["code"] == "request_kills_replicas"
+    assert len(faulty.logs()) == num_started + 3, "it was told"
+
+
+async def test_a_key_that_floods_leaves_another_its_share(faulty: Faulty) -> None:
+    """Requests as large as a turn of the queue, so that keys alternate."""
+    assert (await faulty.complete(b"hello", key="sk-unknown")).status_code == 401
+    num_places = 3 * (MAX_NUM_SEQS + 1)
+    num_flood, num_quiet = 4 * num_places, 5
+    finished: list[str] = []
+
+    async def ask(name: str, number: int) -> None:
+        prompt = f"{name} {number} ".encode().ljust(2048, b".")
+        assert_is_undisturbed(prompt, await faulty.complete(prompt, key=KEYS[name]))
+        finished.append(name)
+
+    flood = [asyncio.create_task(ask("flood", number)) for number in range(num_flood)]
+    while await asyncio.to_thread(faulty.num_held) < 2 * num_places:
+        assert len(finished) < num_places, "the flood is over before anybody waited"
+        await asyncio.sleep(0.05)
+    num_before = len(finished)
+    await asyncio.gather(*(ask("quiet", number) for number in range(num_quiet)))
+    # What ran when the quiet ones came, one for each of them, and what was done meanwhile beside the last of them.
+    num_during = finished.count("flood") - num_before
+    assert num_during <= 2 * num_places + num_quiet
+    await asyncio.gather(*flood)
 
 
 async def test_an_engine_that_hangs_is_left_at_its_step_s_deadline_and_replaced(faulty: Faulty) -> None:

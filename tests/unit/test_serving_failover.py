@@ -98,6 +98,15 @@ async def test_an_offer_to_a_stopped_replica_goes_elsewhere_after_the_heartbeat_
     assert len(second.received) == 2
 
 
+async def test_a_replica_that_does_not_answer_spoils_nobodys_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.serving.fleet._ASK_TIMEOUT_S", 0.05)
+    cluster = FakeCluster(round_robin)
+    stopped, other = [await cluster.start_replica() for _ in range(2)]
+    stopped.is_stopped = True
+    assert await cluster.fleet.stats() == {other.replica_id: f"figures of {other.replica_id}"}
+    stopped.die()
+
+
 async def test_all_replicas_die_and_the_streams_wait_for_a_new_one() -> None:
     cluster = FakeCluster(round_robin)
     first = await cluster.start_replica()
@@ -227,6 +236,38 @@ async def test_a_poisoned_request_takes_three_replicas_and_no_innocent_request(p
         await collect(cluster, GenerateRequest("again", [*b"poison"], GREEDY))
     assert cluster.num_started == num_started
     replacing.cancel()
+
+
+class SharedRefusals:
+    """What ingresses share, without Ray."""
+
+    def __init__(self) -> None:
+        self.digests: set[bytes] = set()
+
+    async def publish(self, digest: bytes) -> None:
+        self.digests.add(digest)
+
+    async def read(self) -> frozenset[bytes]:
+        return frozenset(self.digests)
+
+
+async def test_what_one_ingress_refused_no_other_tries() -> None:
+    refusals = SharedRefusals()
+    first = FakeCluster(round_robin, refusals=refusals)
+    first.poison = lambda request, at: bytes(request.prompt_token_ids) == b"poison"
+    for _ in range(3):
+        await first.start_replica()
+    with pytest.raises(PoisonedRequestError):
+        await collect(first, make_request("poison"))
+    await until(lambda: bool(refusals.digests))
+    second = FakeCluster(round_robin, refusals=refusals)  # another ingress, or the same after a restart
+    second.poison = first.poison
+    replica = await second.start_replica()
+    with pytest.raises(PoisonedRequestError):
+        await collect(second, make_request("poison"))
+    assert not replica.is_dead
+    request = make_request("innocent")
+    assert_is_undisturbed(request, await collect(second, request))
 
 
 async def test_chaos() -> None:
