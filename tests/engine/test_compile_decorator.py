@@ -44,6 +44,17 @@ def test_a_class_without_tensor_annotations_is_refused() -> None:
         support_torch_compile(Model)
 
 
+@pytest.mark.parametrize("annotation", ["torch.Tensor | None", torch.Tensor | None, "list[torch.Tensor]"])
+def test_what_may_be_a_tensor_is_not_guessed(annotation: object) -> None:
+    class Model(nn.Module):
+        def forward(self, ids, bias):  # type: ignore[no-untyped-def]
+            return ids
+
+    Model.forward.__annotations__.update(ids=torch.Tensor, bias=annotation)
+    with pytest.raises(CompileError, match=r"Model\.forward annotates bias as .*Tensor.*; pass dynamic_arg_dims"):
+        support_torch_compile(Model)
+
+
 def test_an_unknown_argument_is_refused() -> None:
     class Model(nn.Module):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import fx
 
 from tests.compile_cases import MixingModel, define_mixing_op, mixing_inputs
 from workers.compile import torch_compat
+from workers.compile.errors import CompileError
 from workers.compile.trace import trace
 
 pytestmark = [
@@ -38,6 +39,13 @@ def test_the_probe_of_instruction_sets_imports_no_torch(
             VecISA._avx_py_load.replace("__lib_path__", str(library)) + "import sys; assert 'torch' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_caches_that_are_turned_off_are_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_compat.check_caches()
+    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+    with pytest.raises(CompileError, match="unset it, or set compilation_config.piece_format to aoti"):
+        torch_compat.check_caches()
 
 
 @pytest.mark.parametrize("form", ["packet", "overload", "method", "in place", "pure"])

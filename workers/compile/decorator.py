@@ -37,7 +37,8 @@ def support_torch_compile(
             of every parameter that is annotated as a tensor.
 
     Raises:
-        CompileError: ``forward`` has no such parameter, or none that is annotated as a tensor.
+        CompileError: ``forward`` has no such parameter, none that is annotated as a tensor, or one that may be a tensor
+            or something else.
     """
 
     def decorate(target: ModuleClass) -> ModuleClass:
@@ -64,7 +65,15 @@ def dynamic_arg_dims(model: nn.Module | type[nn.Module]) -> dict[str, int]:
 
 
 def _inferred(cls: type[nn.Module]) -> dict[str, int]:
-    dims = {name: 0 for name, parameter in _parameters(cls).items() if _is_tensor(parameter.annotation)}
+    parameters = _parameters(cls)
+    for name, parameter in parameters.items():
+        # An argument that is sometimes absent, or a list, is a decision of the model's author.
+        if not _is_tensor(parameter.annotation) and "Tensor" in (text := _text(parameter.annotation)):
+            raise CompileError(
+                f"{cls.__name__}.forward annotates {name} as {text}, from which no dimension is inferred; pass "
+                "dynamic_arg_dims."
+            )
+    dims = {name: 0 for name, parameter in parameters.items() if _is_tensor(parameter.annotation)}
     if not dims:
         raise CompileError(f"{cls.__name__}.forward annotates no parameter as torch.Tensor; pass dynamic_arg_dims.")
     return dims
@@ -87,6 +96,11 @@ def _parameters(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
 
 
 def _is_tensor(annotation: object) -> bool:
+    return _text(annotation) in _TENSOR_ANNOTATIONS
+
+
+def _text(annotation: object) -> str:
     """With postponed evaluation an annotation is its source text."""
-    name = annotation if isinstance(annotation, str) else f"torch.{getattr(annotation, '__name__', '')}"
-    return name in _TENSOR_ANNOTATIONS
+    if isinstance(annotation, str):
+        return annotation
+    return f"torch.{annotation.__name__}" if isinstance(annotation, type) else str(annotation)

@@ -138,6 +138,19 @@ def check_inductor_options(options: Iterable[str]) -> None:
             raise CompileError(f"torch._inductor.config of torch {torch.__version__} has no option {name}{hint}")
 
 
+def check_caches() -> None:
+    """Refuse to build what Inductor puts together from its caches where those are turned off; no patch turns them on.
+
+    Raises:
+        CompileError: They are.
+    """
+    if torch.compiler.config.force_disable_caches:
+        raise CompileError(
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES is set, and standalone pieces are made from Inductor's caches: unset it, "
+            "or set compilation_config.piece_format to aoti."
+        )
+
+
 def hash_compiler_sources() -> None:
     """Work out torch's digest of its own compiler, part of every artifact; it is kept for the rest of the process."""
     from torch._inductor.codecache import torch_key

@@ -30,6 +30,7 @@ class StandaloneFormat(PieceFormat):
         """Compile; tuning, if the options ask for it, runs on the current device."""
         from torch._inductor import standalone_compile
 
+        torch_compat.check_caches()
         torch_compat.prepare_inductor()
         graph = lower(function_of(source), inputs)
         with torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
