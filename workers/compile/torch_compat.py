@@ -146,8 +146,8 @@ def check_caches() -> None:
     """
     if torch.compiler.config.force_disable_caches:
         raise CompileError(
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES is set, and standalone pieces are made from Inductor's caches: unset it, "
-            "or set compilation_config.piece_format to aoti."
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES is set, and standalone pieces are made from Inductor's caches: unset "
+            "it, or set compilation_config.piece_format to aoti."
         )
 
 
