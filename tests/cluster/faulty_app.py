@@ -40,10 +40,18 @@ STEP_TIMEOUT_S = 3.0
 class FaultyEngine(StubEngine):
     """Dies, hangs or raises at the fifth token of a prompt that asks for it."""
 
-    def _advance(self, request_id: str, live: tuple[Sequence[int], int, int]) -> TokenChunk:
-        prompt, position, _ = live
-        if position == 5:
-            text = bytes(prompt)
+    def __init__(self, step_s: float) -> None:
+        super().__init__(step_s)
+        self._prompts: dict[str, bytes] = {}
+
+    def add_request(self, request_id: str, prompt_token_ids: Sequence[int], *args: Any, **kwargs: Any) -> None:
+        """As the stub's, and keep what is asked for."""
+        self._prompts[request_id] = bytes(prompt_token_ids)
+        super().add_request(request_id, prompt_token_ids, *args, **kwargs)
+
+    def _advance(self, request_id: str, live: tuple[int, int, int]) -> TokenChunk:
+        if live[1] == 5:
+            text = self._prompts[request_id]
             if text == POISON:
                 os._exit(1)
             if text == RAISE:
