@@ -16,7 +16,7 @@ from collections.abc import Mapping
 #:   in a second thread only adds a hop to every chunk.
 #: - RAY_SERVE_LOG_TO_STDERR: logs are kept in files. Serve's buffer for them stays off: requests are not logged, and an
 #:   error must be in the file before its process dies.
-#: - RAY_SERVE_PROXY_USE_GRPC: Ray's Python proxy passes every chunk on; gRPC costs a little less than an actor's stream.
+#: - RAY_SERVE_PROXY_USE_GRPC: Ray's Python proxy passes every chunk on; gRPC costs a little less than actor streams.
 #: - RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S: a proxy that starts beside engines on a busy machine takes more than 5 s,
 #:   and Serve would kill it.
 #: - RAY_preload_python_modules: a spare process for the next replica (cluster/serving/spare.py).
