@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import signal
 import tempfile
@@ -75,8 +76,9 @@ def _run(config: DeploymentConfig, on_phase: PhaseListener, replica_class: type[
         yield f"http://{config.http.host}:{config.http.port}"
     finally:
         on_phase("stopping")
-        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own gap
-        ray.shutdown()
+        with _without_the_controllers_end():
+            serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own gap
+            ray.shutdown()
 
 
 def _begin_serve(config: DeploymentConfig) -> Future[Any]:
@@ -95,6 +97,19 @@ def _begin_serve(config: DeploymentConfig) -> Future[Any]:
             break
         time.sleep(0.02)
     return started
+
+
+@contextlib.contextmanager
+def _without_the_controllers_end() -> Iterator[None]:
+    """Keep one line of Ray's from the terminal: Serve's controller ends itself while it answers, as a failed task."""
+    lines = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(lines):
+            yield
+    finally:
+        for line in lines.getvalue().splitlines():
+            if "ServeController.graceful_shutdown failed" not in line:
+                print(line)
 
 
 def wait_for_signal() -> None:
