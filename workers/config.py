@@ -229,6 +229,14 @@ class EngineConfig(pydantic.BaseModel):
     compilation_config: CompilationConfig = CompilationConfig()
     artifacts: ArtifactConfig = ArtifactConfig()
 
+    def compile_mode(self, device_type: str) -> CompilationMode:
+        """How the model is compiled on a kind of device; ``enforce_eager`` is over all."""
+        return CompilationMode.NONE if self.enforce_eager else self.compilation_config.resolved_mode(device_type)
+
+    def compiles_pieces(self, device_type: str) -> bool:
+        """Whether an engine on a kind of device has pieces, and so a bundle, at all."""
+        return self.compile_mode(device_type) is CompilationMode.VLLM_COMPILE
+
     @classmethod
     def create(cls, **fields: Any) -> Self:
         """Validate keyword arguments.

@@ -237,7 +237,7 @@ def _fix_work(config: EngineConfig, device_type: str, step: StepMeasurement, lim
     state = f"At batch {step.batch} a step takes {times:.1f} times what its {_floor_text(step, limit)} takes at best"
     if config.dtype == "float32":
         return Fix("dtype", "bfloat16", f"{state}; half as many bytes per weight halve both floors.")
-    is_plain = config.enforce_eager or config.compilation_config.resolved_mode(device_type) is CompilationMode.NONE
+    is_plain = config.compile_mode(device_type) is CompilationMode.NONE
     if device_type == "cuda" and is_plain:
         key, value = ("enforce_eager", False) if config.enforce_eager else ("compilation_config.mode", "VLLM_COMPILE")
         return Fix(key, value, f"{state}; compiled pieces fuse small kernels and move less memory.")

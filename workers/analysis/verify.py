@@ -26,7 +26,6 @@ from workers.config import EngineConfig
 from workers.graphs import (
     AttentionCGSupport,
     BatchDescriptor,
-    CompilationMode,
     CUDAGraphMode,
     CUDAGraphWrapper,
 )
@@ -126,10 +125,7 @@ class _Verification:
         yield _Form(FormName.COMPILED, compiled, plain)
         yield _Form(FormName.PIECEWISE, steps.whole(steps.compiled, self._wrap_piece), plain, CUDAGraphMode.PIECEWISE)
         full = CUDAGraphMode.FULL
-        is_plain = harness.config.enforce_eager or (
-            harness.config.compilation_config.resolved_mode(harness.device.type) is not CompilationMode.VLLM_COMPILE
-        )
-        model = harness.model if is_plain else compiled
+        model = compiled if harness.config.compiles_pieces(harness.device.type) else harness.model
         support = harness.attention.cudagraph_support
         if not harness.graph_backend.freezes_context:
             support = AttentionCGSupport.ALWAYS

@@ -22,10 +22,9 @@ from pathlib import Path
 
 from workers.artifacts.digest import canonical_json, sha256
 from workers.artifacts.names import BUNDLES
-from workers.artifacts.stores.factory import LOCAL
+from workers.artifacts.stores.factory import store_folder
 from workers.checkpoint.cache import artifacts_root
 from workers.config import ArtifactConfig, EngineConfig
-from workers.modes import CompilationMode
 from workers.startup.cuda import device_index, has_driver
 
 logger = logging.getLogger(__name__)
@@ -110,14 +109,12 @@ def begun_early(config: EngineConfig) -> Iterator[None]:
     """While an engine starts: begin the process if its pieces will probably be tried, and end it if they are not."""
     global _begun
     if is_expected(config):
-        index = device_index(config.device)
         with _lock:
-            _begun = CheckProcess("cpu" if index is None or not has_driver() else f"cuda:{index}")
+            _begun = CheckProcess(_device(config))
     try:
         yield
     finally:
-        if (unused := _take()) is not None:
-            unused.close()
+        not_needed()
 
 
 def not_needed() -> None:
@@ -154,19 +151,22 @@ def _take() -> CheckProcess | None:
     return process
 
 
+def _device(config: EngineConfig) -> str:
+    """Where the engine will run, as far as can be told without torch."""
+    index = device_index(config.device)
+    return "cpu" if index is None or not has_driver() else f"cuda:{index}"
+
+
 def _tries_pieces(config: EngineConfig) -> bool:
-    device_type = "cuda" if device_index(config.device) is not None and has_driver() else "cpu"
-    mode = config.compilation_config.resolved_mode(device_type)
-    return not config.enforce_eager and mode is CompilationMode.VLLM_COMPILE and is_wanted(config.artifacts)
+    device_type = _device(config).partition(":")[0]
+    return config.compiles_pieces(device_type) and is_wanted(config.artifacts)
 
 
 def _may_hold_bundles(config: ArtifactConfig) -> bool:
     """False only for a folder that holds none; others are not asked."""
     assert config.store is not None
-    if "://" in config.store:
-        return True
-    root = artifacts_root() / "store" if config.store == LOCAL else Path(config.store).expanduser()
-    return (root / BUNDLES).is_dir()
+    root = store_folder(config.store, artifacts_root())
+    return root is None or (root / BUNDLES).is_dir()
 
 
 def _note(config: EngineConfig) -> Path:

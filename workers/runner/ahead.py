@@ -12,7 +12,6 @@ from workers.attention.base import AttentionBackend, Rope
 from workers.compile.ahead import get_pieces_ahead
 from workers.config import EngineConfig
 from workers.model.config import ModelConfig
-from workers.modes import CompilationMode
 from workers.startup.account import StartupAccount
 from workers.startup.beside import beside
 
@@ -40,7 +39,7 @@ def begin_ahead(
     """
     tasks = []
     compilation = config.compilation_config
-    is_compiled = not config.enforce_eager and compilation.resolved_mode(device.type) is CompilationMode.VLLM_COMPILE
+    is_compiled = config.compiles_pieces(device.type)
     if is_compiled:
         tasks.append(beside(account, "artifacts", lambda: get_pieces_ahead(compilation, device, library, key, account)))
 

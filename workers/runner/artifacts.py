@@ -19,7 +19,6 @@ from workers.compile.key import bundle_key
 from workers.config import EngineConfig
 from workers.model.config import ModelConfig
 from workers.model.decoder import DecoderForCausalLM, attention_spec
-from workers.modes import CompilationMode
 from workers.runner.device import resolve_device, resolve_dtype, resolve_max_model_len
 
 #: Fields of ModelConfig that no compiled code depends on; the dtype is the engine's, not the checkpoint's.
@@ -28,8 +27,7 @@ _NOT_COMPILED = frozenset({"initializer_range", "bos_token_id", "eos_token_ids",
 
 def compiles_pieces(config: EngineConfig) -> bool:
     """Whether an engine with this configuration has a bundle at all, on this machine."""
-    mode = config.compilation_config.resolved_mode(resolve_device(config.device).type)
-    return not config.enforce_eager and mode is CompilationMode.VLLM_COMPILE
+    return config.compiles_pieces(resolve_device(config.device).type)
 
 
 def engine_key(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
-from workers.artifacts.stores.factory import LOCAL
+from workers.artifacts.stores.factory import store_folder
 from workers.checkpoint.cache import artifacts_root
 from workers.compile.piece_set import PieceSet
 from workers.config import ArtifactConfig
@@ -23,11 +22,8 @@ def leases_of(config: ArtifactConfig) -> LeaseService:
     """Leases for replicas without a cluster: beside a store that is a folder, else on this node."""
     if config.store is None:
         return MemoryLeases()
-    if config.store == LOCAL:
-        return FileLeases(artifacts_root() / "store" / "leases")
-    if "://" in config.store:
-        return FileLeases(artifacts_root() / "leases")
-    return FileLeases(Path(config.store).expanduser().absolute() / "leases")
+    root = artifacts_root()
+    return FileLeases((store_folder(config.store, root) or root) / "leases")
 
 
 class PieceFlight:

@@ -237,7 +237,7 @@ class GraphedModel:
         # Not the batch's buffers: an eager model may be serving from them.
         ids_T = torch.zeros(2, dtype=torch.int64, device=self._attn_backend.device)
         example_args = {"input_ids_T": ids_T, "positions_T": ids_T.clone()}
-        compilation, compile_mode = config.compilation_config, _compile_mode(config, self._attn_backend.device)
+        compilation, compile_mode = config.compilation_config, config.compile_mode(self._attn_backend.device.type)
         wanted = _resolve(config, compile_mode, self._attn_backend, self._graph_backend.freezes_context, warns=False)
         wrap_piece = self._wrap_piece if wanted.mode.has_piecewise() else None
         try:
@@ -327,10 +327,6 @@ def _lookup_row(report: CompileReport) -> LookupRow:
     reason = "" if report.is_warm else (report.miss or str(report.outcome))
     saved_s = max(report.saved_seconds - spent_s, 0.0) if report.is_warm else 0.0
     return LookupRow("artifacts", report.is_warm, reason, report.num_bytes, round(saved_s, 3))
-
-
-def _compile_mode(config: EngineConfig, device: torch.device) -> CompilationMode:
-    return CompilationMode.NONE if config.enforce_eager else config.compilation_config.resolved_mode(device.type)
 
 
 def _resolve(

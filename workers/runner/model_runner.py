@@ -331,9 +331,9 @@ def _background_formats(
     config: EngineConfig, device: torch.device, library: ArtifactLibrary, key: BundleKey, leases: LeaseService
 ) -> BackgroundFormats | None:
     """None unless the config asks for it and there is something to build and somewhere to put it."""
-    artifacts, compilation = config.artifacts, config.compilation_config
-    is_compiled = not config.enforce_eager and compilation.resolved_mode(device.type) is CompilationMode.VLLM_COMPILE
-    if not (artifacts.build_in_background and artifacts.publish and artifacts.store is not None and is_compiled):
+    artifacts = config.artifacts
+    is_wanted = artifacts.build_in_background and artifacts.publish and artifacts.store is not None
+    if not is_wanted or not config.compiles_pieces(device.type):
         return None
     return BackgroundFormats(config, device.type, library, key, leases)
 
@@ -342,7 +342,6 @@ def _triton_kernels(
     config: EngineConfig, device: torch.device, library: ArtifactLibrary, key: BundleKey
 ) -> TritonKernels | None:
     """Where there is a bundle that they can lie beside."""
-    has_bundle = config.compilation_config.resolved_mode(device.type) is CompilationMode.VLLM_COMPILE
-    if device.type != "cuda" or config.enforce_eager or not has_bundle or config.artifacts.store is None:
+    if device.type != "cuda" or not config.compiles_pieces(device.type) or config.artifacts.store is None:
         return None
     return TritonKernels(library, key)

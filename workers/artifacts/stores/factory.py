@@ -26,6 +26,18 @@ LOCAL = "local"
 COPIED = (BLOBS, BUNDLES, QUARANTINE)
 
 
+def store_folder(store: str, folder: Path) -> Path | None:
+    """Where a store lies that is a folder; None for one behind a URL.
+
+    Args:
+        store: As ``artifacts.store`` names it.
+        folder: The user's artifact folder.
+    """
+    if "://" in store:
+        return None
+    return folder / "store" if store == LOCAL else Path(store).expanduser().absolute()
+
+
 def open_store(
     config: ArtifactConfig, folder: Path, on_failure: Callable[[Direction], None] | None = None
 ) -> ArtifactStore:
@@ -39,11 +51,9 @@ def open_store(
         ConfigError: The URL is not one of a store.
     """
     assert config.store is not None
-    scheme, separator, _ = config.store.partition("://")
-    if not separator:
-        root = folder / "store" if config.store == LOCAL else Path(config.store).expanduser().absolute()
+    if (root := store_folder(config.store, folder)) is not None:
         return GuardedStore(DirectoryStore(root), config.timeout_s, on_failure=on_failure)
-    if scheme not in SCHEMES:
+    if config.store.partition("://")[0] not in SCHEMES:
         raise ConfigError(
             f"artifacts.store: {config.store!r} is neither a path nor a URL with one of {', '.join(SCHEMES)}.",
             param="store",
