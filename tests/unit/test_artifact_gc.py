@@ -15,7 +15,7 @@ from tests.artifact_cases import PIECE, PLAN, make_library, read_all
 from workers.artifacts.bundle import Bundle
 from workers.artifacts.digest import sha256
 from workers.artifacts.errors import Refusal
-from workers.artifacts.gc import GcPolicy, Inventory, StoredManifest, collect, leased_keys, plan_collection
+from workers.artifacts.gc import GcPolicy, Inventory, StoredManifest, collect, plan_collection, take_inventory
 from workers.artifacts.key import BundleKey
 from workers.artifacts.library import Addition, ArtifactLibrary, Outcome
 from workers.artifacts.manifest import Kind
@@ -129,7 +129,7 @@ def test_a_build_that_fails_leaves_no_mark(tmp_path: Path) -> None:
 
     def build() -> None:
         with library.building(key(0)):
-            assert leased_keys(library, time.time()) == {key(0).digest}
+            assert take_inventory(library, time.time()).leased == {key(0).digest}
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from typing import Any
 
 from workers.artifacts.bundle import Bundle
 from workers.artifacts.errors import RefusedError
-from workers.artifacts.gc import leased_keys, take_inventory
+from workers.artifacts.gc import take_inventory
 from workers.artifacts.library import ArtifactLibrary, Outcome
 from workers.artifacts.manifest import Kind, Manifest
 from workers.artifacts.names import BUNDLES, FAILURES, PINS, key_of, last_part
@@ -63,13 +63,12 @@ def list_bundles(library: ArtifactLibrary) -> list[Row]:
         StoreError: The store is in trouble.
     """
     store = library.store
-    now_s = time.time()
-    inventory = take_inventory(library, now_s)
+    inventory = take_inventory(library, time.time())
     marks: dict[str, list[QuarantineMark]] = {}
     for mark in library.marks.quarantined():
         marks.setdefault(mark.key, []).append(mark)
     pinned, failed = ({key_of(item.name) for item in store.list(prefix)} for prefix in (PINS, FAILURES))
-    leased = leased_keys(library, now_s)
+    leased = inventory.leased
     made_s: dict[str, float] = {}
     for item in inventory.manifests:
         key = key_of(item.object.name)

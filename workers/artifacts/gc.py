@@ -67,6 +67,7 @@ class Inventory:
         quarantined: Names of manifests that are marked.
         marks: Marks and notes, which go with their key.
         abandoned: Marks of builds that have ended, one way or another, and other things left behind.
+        leased: Of ``kept``, the keys that somebody holds the lease of and builds for, as marks in the store say.
     """
 
     blobs: tuple[StoredObject, ...]
@@ -76,6 +77,7 @@ class Inventory:
     quarantined: frozenset[str]
     marks: tuple[StoredObject, ...] = ()
     abandoned: tuple[StoredObject, ...] = ()
+    leased: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,8 +145,8 @@ def take_inventory(library: ArtifactLibrary, now_s: float) -> Inventory:
     store = library.store
     blobs = store.list(BLOBS)
     builds = store.list(BUILDS)
-    leased = [item for item in builds if _is_recent(item, now_s)]
-    kept = {key_of(item.name) for item in (*store.list(PINS), *leased)}
+    leased = frozenset(key_of(item.name) for item in builds if _is_recent(item, now_s))
+    kept = leased | {key_of(item.name) for item in store.list(PINS)}
     uses = store.list(USES)
     last_use_s: dict[str, float] = {}
     for item in uses:
@@ -155,19 +157,7 @@ def take_inventory(library: ArtifactLibrary, now_s: float) -> Inventory:
     manifests = tuple(_stored_manifest(library, item) for item in store.list(BUNDLES))
     notes = (*uses, *marks, *store.list(FAILURES))
     abandoned = tuple(item for item in (*builds, *store.list(CLOCK)) if not _is_recent(item, now_s))
-    return Inventory(tuple(blobs), manifests, last_use_s, frozenset(kept), quarantined, notes, abandoned)
-
-
-def leased_keys(library: ArtifactLibrary, now_s: float) -> set[str]:
-    """Keys that somebody holds the lease of and builds for, as its mark in the store says.
-
-    Args:
-        now_s: By the store's clock.
-
-    Raises:
-        StoreError: The store is in trouble.
-    """
-    return {key_of(item.name) for item in library.store.list(BUILDS) if _is_recent(item, now_s)}
+    return Inventory(tuple(blobs), manifests, last_use_s, kept, quarantined, notes, abandoned, leased)
 
 
 def _is_recent(mark: StoredObject, now_s: float) -> bool:

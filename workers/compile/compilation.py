@@ -24,7 +24,7 @@ from workers.compile.errors import BuildFailedError, CompileError, UnlinkablePie
 from workers.compile.formats.base import make_format
 from workers.compile.key import PIECE_SECTIONS, inductor_options
 from workers.compile.passes.standard import standard_passes
-from workers.compile.piece_set import PieceSet, additions, build_of
+from workers.compile.piece_set import PieceSet, build_of, publish
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
 from workers.compile.stored import StoredPieces
@@ -127,14 +127,7 @@ class PieceCompilation:
 
     def publish(self, pieces: PieceSet) -> bool:
         """Put what was built into the library; whether it took it."""
-        added = additions(pieces.plan, pieces.blobs, pieces.probes)
-        try:
-            published = self.library.publish(self.key, added, pieces.bundle)
-        finally:
-            self.library.end_build(self.key)
-        if published is not None:
-            pieces.bundle = published
-        return published is not None
+        return publish(self.library, self.key, pieces)
 
     def split(self) -> SplitModel:
         """Trace and split; compiles nothing."""

@@ -28,7 +28,7 @@ from workers.compile.piece_set import PieceSet
 from workers.compile.piecewise import PiecewiseModel
 from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
-from workers.compile.probes import runs_right
+from workers.compile.probes import read_probes, try_piece
 from workers.compile.self_check import check_on_node, note_built_here
 from workers.compile.stitch import WrapPiece
 from workers.compile.transient import is_transient
@@ -308,12 +308,15 @@ class _Loading:
 
     def _run_here(self, pieces: PieceSet, model: PiecewiseModel) -> bool:
         """Whether what was built here gives here what it should; if it ends the process, nobody will have said so."""
+        device = torch.device(self._device)
         try:
-            return all(
-                runs_right(piece, pieces.probes[size], key, torch.device(self._device))
-                for (key, size), piece in model.loaded.items()
-                if size in pieces.probes
-            )
+            probes = {size: read_probes(data) for size, data in pieces.probes.items()}
+            for (key, size), piece in model.loaded.items():
+                problem = try_piece(piece, probes[size][key], device) if size in probes else None
+                if problem is not None:
+                    logger.warning("piece %s, just built: %s", key[:8], problem)
+                    return False
+            return True
         except Exception as error:
             logger.exception("a piece that was just built does not run alone: %s", error)
             return False

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from workers.artifacts.bundle import Bundle
+from workers.artifacts.key import BundleKey
 from workers.artifacts.library import Addition, ArtifactLibrary
 from workers.artifacts.manifest import Entry, Kind
 from workers.compile.errors import PlanMismatchError
@@ -137,6 +138,18 @@ def additions(plan: Plan, blobs: Mapping[str, bytes], probes: Mapping[int | None
                 found.append(Addition(Kind.PIECE, key, data, build.format, build.size, build.seconds))
     found += [Addition(Kind.SELF_CHECK, PROBES_NAME, data, size=size) for size, data in probes.items()]
     return found
+
+
+def publish(library: ArtifactLibrary, key: BundleKey, pieces: PieceSet) -> bool:
+    """Put what was built into a library, which ends the build; whether it took it."""
+    added = additions(pieces.plan, pieces.blobs, pieces.probes)
+    try:
+        published = library.publish(key, added, pieces.bundle)
+    finally:
+        library.end_build(key)
+    if published is not None:
+        pieces.bundle = published
+    return published is not None
 
 
 def plan_bytes(plan: Plan) -> bytes:

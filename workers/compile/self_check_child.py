@@ -11,12 +11,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from workers.compile.formats.base import make_format
-from workers.compile.probes import Probe, find_problem, make_inputs, read_probes
+from workers.compile.probes import Probe, read_probes, try_piece
 from workers.compile.self_check import FAILED, LOADING, PASSED, TRYING, UNDECIDED, probes_file
 from workers.compile.transient import is_transient
 
@@ -35,8 +34,8 @@ def main(folder: Path) -> None:
     for item in request["work"]:
         _say(folder, f"{TRYING}{item['file']}")
         try:
-            piece = piece_format.load((folder / item["file"]).read_bytes()).as_function()
-            problem = _try(piece, probes.get(item["size"], {}).get(item["piece"]), device)
+            piece = piece_format.load((folder / item["file"]).read_bytes())
+            problem = try_piece(piece, probes.get(item["size"], {}).get(item["piece"]), device)
         except Exception as error:  # noqa: BLE001  # the code may raise anything
             problem = None if is_transient(error) else f"{type(error).__name__}: {error}"
             is_undecided |= problem is None
@@ -53,13 +52,6 @@ def main(folder: Path) -> None:
 def _probes(folder: Path, sizes: set[int | None]) -> dict[int | None, dict[str, Probe]]:
     files = {size: folder / probes_file(size) for size in sizes}
     return {size: read_probes(path.read_bytes()) for size, path in files.items() if path.exists()}
-
-
-def _try(piece: Any, probe: Probe | None, device: torch.device) -> str | None:
-    if probe is None or probe.outputs is None:
-        return None
-    with torch.no_grad():
-        return find_problem(probe, piece(*make_inputs(probe.inputs, device)))
 
 
 def _say(folder: Path, state: str) -> None:

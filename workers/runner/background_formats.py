@@ -16,7 +16,7 @@ from workers.artifacts.key import BundleKey
 from workers.artifacts.library import ArtifactLibrary
 from workers.compile.background import BackgroundBuild
 from workers.compile.errors import BuildFailedError, CompileError
-from workers.compile.piece_set import PieceSet, additions
+from workers.compile.piece_set import PieceSet, publish
 from workers.compile.stored import StoredPieces
 from workers.config import EngineConfig
 from workers.leases.base import LeaseService
@@ -59,9 +59,10 @@ class BackgroundFormats:
         self._thread.join()
 
     def _run(self) -> None:
+        take = functools.partial(publish, self._library, self._key)
         for name in self._better:
             stored = StoredPieces(self._library, self._key, (name,), self._sizes)
-            work = Work(f"{self._key.digest}-{name}", stored.find, functools.partial(self._build, name), self._publish)
+            work = Work(f"{self._key.digest}-{name}", stored.find, functools.partial(self._build, name), take)
             try:
                 if stored.find() is None:
                     flight = single_flight(work, self._leases, FlightPolicy(deadline_s=_DEADLINE_S))
@@ -75,10 +76,3 @@ class BackgroundFormats:
             raise BuildFailedError("The pieces that this replica runs from are not in the store.")
         with self._library.building(self._key):
             return BackgroundBuild(pieces, name, sizes=self._sizes).wait()
-
-    def _publish(self, pieces: PieceSet) -> bool:
-        added = additions(pieces.plan, pieces.blobs, pieces.probes)
-        try:
-            return self._library.publish(self._key, added, pieces.bundle) is not None
-        finally:
-            self._library.end_build(self._key)

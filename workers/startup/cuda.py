@@ -22,18 +22,13 @@ def device_index(device: str) -> int | None:
 
 def has_driver() -> bool:
     """Whether there is a CUDA driver on this machine."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+    return _driver() is not None
 
 
 def initialize_driver(index: int) -> bool:
     """Make the device's primary context; returns whether that went well."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    driver = _driver()
+    if driver is None:
         return False
     device, context = ctypes.c_int(), ctypes.c_void_p()
     status: int = driver.cuInit(0)
@@ -43,3 +38,10 @@ def initialize_driver(index: int) -> bool:
     if status:
         logger.debug("the CUDA driver answered %d", status)
     return not status
+
+
+def _driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
