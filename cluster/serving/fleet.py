@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -90,11 +90,11 @@ class Fleet:
             loop.call_soon_threadsafe(self._on_replicas, replica_ids)
 
         running_replicas.listen(self._handle.app_name, self._handle.deployment_name, on_replicas)
-        self._tasks.add(loop.create_task(self._tick()))
+        self._begin(self._tick())
         if self._autoscaling is not None:
-            self._tasks.add(loop.create_task(self._report_load()))
+            self._begin(self._report_load())
         if self._refusals is not None:
-            self._tasks.add(loop.create_task(self._follow_refusals(self._refusals)))
+            self._begin(self._follow_refusals(self._refusals))
 
     @property
     def snapshots(self) -> list[ReplicaSnapshot]:
@@ -217,13 +217,17 @@ class Fleet:
         chosen = self._policy(routing, with_room or snapshots)
         return self._links[chosen], next(s.cached_tokens for s in snapshots if s.replica_id == chosen)
 
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """On a task that is kept until it ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     # Requests that kill replicas.
 
     def _publish_refusal(self, digest: bytes) -> None:
         if self._refusals is not None:
-            task = asyncio.get_running_loop().create_task(self._refusals.publish(digest))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._refusals.publish(digest))
 
     async def _follow_refusals(self, refusals: Refusals) -> None:
         """Learn what other ingresses refused, this one before a restart among them."""
@@ -275,9 +279,7 @@ class Fleet:
         for replica_id in replica_ids - self._links.keys():
             link = ReplicaLink(replica_id, self._handle, self._note_connected, self._gate.open, self._node_id)
             self._links[replica_id] = link
-            task = asyncio.get_running_loop().create_task(self._follow(link))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._begin(self._follow(link))
         self._note_connected()
 
     async def _follow(self, link: ReplicaLink) -> None:

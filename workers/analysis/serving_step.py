@@ -100,8 +100,7 @@ class ServingStep:
     def _run(
         self, inputs: DecodeInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if mode is not _FULL:
-            self._inputs.unpack(inputs.table_RF)
+        self._graphs.unpack_ahead(inputs.table_RF, mode)
         with self._harness.context(inputs.geometry, mode, descriptor):
             return self._graphs.greedy(inputs.table_RF)
 

@@ -83,6 +83,14 @@ class DecodeGraphs:
         sampled = self._sample(logits_RV[:num_reqs], plan)
         return sampled.token_ids_R, sampled.logprobs
 
+    def unpack_ahead(self, table_RF: torch.Tensor, mode: CUDAGraphMode) -> None:
+        """Unpack a step's table that no full graph will unpack, before the step's forward context is made.
+
+        An attention backend may read the buffers when it plans.
+        """
+        if mode is not CUDAGraphMode.FULL:
+            self._batch.unpack(table_RF)
+
     def greedy(self, table_RF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The greedy step in the current forward context.
 

@@ -290,9 +290,7 @@ class GraphedModel:
     def _decode_context(
         self, inputs: DecodeInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor
     ) -> AbstractContextManager[ForwardContext]:
-        """The table is unpacked by the graph, or else now: an attention backend may read the buffers when it plans."""
-        if mode is not CUDAGraphMode.FULL:
-            self._decode_batch.unpack(inputs.table_RF)
+        self._decode.unpack_ahead(inputs.table_RF, mode)
         return self._context(inputs.geometry, mode, descriptor)
 
     def _run_dummy(self, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> None:
