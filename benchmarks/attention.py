@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from triton.errors import TritonError
 
-from workers.attention.base import AttentionSpec, BatchGeometry
+from workers.attention.base import AttentionSpec, BatchGeometry, Rope
 from workers.attention.triton_kernels.tuning import (
     UNLIMITED,
     DecodeTile,
@@ -131,11 +131,13 @@ def compile_job(job: tuple[Variant, tuple[str, ...], int]) -> None:
     import triton
 
     from workers.attention.triton_kernels.kernel_set import RopeKind
+    from workers.attention.triton_kernels.rope import ROTATE
 
     one, names, capability = job
     driver: Any = _OfflineDriver(capability)
     triton.runtime.driver.set_active(driver)
-    launches = one.backend(torch.device("cpu")).kernels.launches(RopeKind())
+    kernels = one.backend(torch.device("cpu")).kernels
+    launches = kernels.launches(RopeKind(ROTATE) if names == KERNELS["prefill"] else RopeKind())
     with contextlib.suppress(RuntimeError, TritonError):  # the parent meets the same error, and reports it
         for name in names:
             launches[name].start_compiling()
@@ -427,6 +429,7 @@ def attention_flops(spec: AttentionSpec, requests: Sequence[tuple[int, int]]) ->
 
 
 def time_prefill(bench: Bench, backend: TritonPagedAttention, requests: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """With heads rotated on the way, as engines run it."""
     s = backend.spec
     geometry = mixed_geometry(bench, backend, requests)
     shape = (geometry.num_tokens, s.num_heads + 2 * s.num_kv_heads, s.head_dim)
@@ -434,13 +437,18 @@ def time_prefill(bench: Bench, backend: TritonPagedAttention, requests: Sequence
     q, k, v = split_heads(qkv, s)
     out = torch.empty(q.shape, dtype=s.dtype, device=bench.device)
     cache = bench.cache(backend)
+    positions = [np.arange(cached, cached + new) for new, cached in requests]
+    angles = torch.rand(MAX_MODEL_LEN, s.head_dim // 2, device=bench.device)
+    rope = Rope(
+        torch.from_numpy(np.concatenate(positions)).to(bench.device), torch.cat((angles.cos(), angles.sin()), 1)
+    )
 
     def write() -> None:
-        backend.kernels.write_cache(k, v, cache, geometry.slot_mapping_T, out)
+        backend.kernels.write_cache(k, v, cache, geometry.slot_mapping_T, out, rope)
 
     def attend() -> None:
         g = geometry
-        backend.kernels.prefill(q, cache, g.block_table_RM, g.seq_lens, g.query_start_loc, out)
+        backend.kernels.prefill(q, cache, g.block_table_RM, g.seq_lens, g.query_start_loc, out, rope)
 
     write_us, us = (bench.time_graph([call] * 4, repeats=5) for call in (write, attend))
     return {

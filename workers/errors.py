@@ -71,5 +71,9 @@ class EngineDeadError(WarmgraphError):
     """The engine stopped because of an unexpected error; its replica must be replaced (HTTP 503)."""
 
 
+class DeviceLostError(WarmgraphError):
+    """Work on the device failed in a way that the process cannot come back from."""
+
+
 class PoisonedRequestError(WarmgraphError):
     """Replicas die of the request, so it is not tried again (HTTP 500, not to be retried)."""

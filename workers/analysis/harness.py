@@ -111,6 +111,7 @@ class ModelHarness:
         self.graph_backend = graph_backend or make_graph_backend(self.device)
         self._library = ArtifactLibrary.in_memory()
         self._buffers = _Buffers(config, self.blocks_per_seq, self.device)
+        self._captured_on: list[ForwardContext] = []
 
     def compiled(self, config: CompilationConfig, wrap_piece: WrapPiece | None = None) -> CompiledModel:
         """The model compiled as ``config`` says; see :func:`workers.compile.model.compile_model`."""
@@ -136,17 +137,32 @@ class ModelHarness:
         batch: Batch,
         mode: CUDAGraphMode = CUDAGraphMode.NONE,
         descriptor: BatchDescriptor | None = None,
+        *,
+        is_capture: bool = False,
     ) -> Result:
-        """One forward pass in a forward context of its own."""
-        with self.context(batch.geometry, mode, descriptor):
+        """One forward pass in a forward context of its own; see :meth:`context`."""
+        with self.context(batch.geometry, mode, descriptor, is_capture=is_capture):
             return forward(batch.input_ids_T, batch.positions_T)
 
     def context(
-        self, geometry: BatchGeometry, mode: CUDAGraphMode, descriptor: BatchDescriptor | None
+        self,
+        geometry: BatchGeometry,
+        mode: CUDAGraphMode,
+        descriptor: BatchDescriptor | None,
+        *,
+        is_capture: bool = False,
     ) -> AbstractContextManager[ForwardContext]:
-        """What attention and graphs need to know of a batch, while the model runs on it."""
+        """What attention and graphs need to know of a batch, while the model runs on it.
+
+        Args:
+            is_capture: Keep it: the graph of a backend that is not fit for one reads its metadata for ever, and would
+                take any address from memory that had found another use, and the device down.
+        """
         metadata = self.attention.build_metadata(geometry)
-        return set_forward_context(ForwardContext(self.attention, metadata, self.kv_caches, mode, descriptor))
+        context = ForwardContext(self.attention, metadata, self.kv_caches, mode, descriptor)
+        if is_capture:
+            self._captured_on.append(context)
+        return set_forward_context(context)
 
     def capture(
         self,
@@ -164,7 +180,7 @@ class ModelHarness:
             batch = self.padding_batch(descriptor)
         with self.graph_backend.capturing(clean_up=False):
             self.run(forward, batch, CUDAGraphMode.NONE, descriptor)
-            self.run(forward, batch, mode, descriptor)
+            self.run(forward, batch, mode, descriptor, is_capture=True)
 
     @torch.inference_mode()
     def padding_batch(self, descriptor: BatchDescriptor) -> Batch:

@@ -61,7 +61,8 @@ class ServingStep:
         """
         with self._harness.graph_backend.capturing(clean_up=False):
             for mode in (_NONE, _FULL):
-                self._run(self._inputs.prepare_dummy(descriptor.num_tokens), mode, descriptor)
+                inputs = self._inputs.prepare_dummy(descriptor.num_tokens)
+                self._run(inputs, mode, descriptor, is_capture=mode is _FULL)
 
     @torch.inference_mode()
     def run(self, batch: Batch, descriptor: BatchDescriptor, *, is_poisoned: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,10 +99,10 @@ class ServingStep:
         return next((name for name, (got, expected) in pairs.items() if not torch.equal(got, expected)), None)
 
     def _run(
-        self, inputs: DecodeInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor
+        self, inputs: DecodeInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor, *, is_capture: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._graphs.unpack_ahead(inputs.table_RF, mode)
-        with self._harness.context(inputs.geometry, mode, descriptor):
+        with self._harness.context(inputs.geometry, mode, descriptor, is_capture=is_capture):
             return self._graphs.greedy(inputs.table_RF)
 
     def _seat(self, batch: Batch) -> tuple[SchedulerOutput, list[int]]:

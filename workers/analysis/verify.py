@@ -23,6 +23,7 @@ from workers.analysis.steps import ModelSteps
 from workers.analysis.verify_report import Blame, Check, Finding, FormName, VerifyReport, safe_mode
 from workers.attention.base import AttentionBackend
 from workers.config import EngineConfig
+from workers.errors import DeviceLostError
 from workers.graphs import (
     AttentionCGSupport,
     BatchDescriptor,
@@ -75,6 +76,7 @@ def verify_graphs(
     Raises:
         ConfigError: As an engine's start.
         CompileError: The model does not trace.
+        DeviceLostError: A graph did what took the device from this process, as an address out of range does.
     """
     on_progress("loading and compiling")
     sizes = sorted(set(sizes or configured_sizes(config)), reverse=True)
@@ -156,6 +158,18 @@ class _Verification:
             yield self._check(form, descriptor)
 
     def _check(self, form: _Form, descriptor: BatchDescriptor) -> Check:
+        try:
+            check = self._check_alive(form, descriptor)
+            if self._harness.device.type == "cuda":
+                torch.cuda.synchronize(self._harness.device)
+        except torch.AcceleratorError as failure:
+            raise DeviceLostError(
+                f"The device was lost at {descriptor.num_tokens} tokens of {form.name} ({_first_line(failure)}), so "
+                "nothing could be checked after it: serve without that form of cudagraph_mode, and look there."
+            ) from failure
+        return check
+
+    def _check_alive(self, form: _Form, descriptor: BatchDescriptor) -> Check:
         size, cases = descriptor.num_tokens, self._cases(descriptor)
         worst = 0.0
         try:

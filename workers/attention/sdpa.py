@@ -119,7 +119,8 @@ class SdpaPagedAttention(AttentionBackend):
         shortest, longest = int(seq_lens_cpu.min()), int(seq_lens_cpu.max())
         seq_lens_R1 = geometry.seq_lens[:num_reqs, None].long()
         position_L = torch.arange(longest, device=self.device)
-        readable_RL = torch.minimum(position_L, seq_lens_R1 - 1)
+        # Of a row without a context, the first cell; whatever lengths say, an index must not leave the table.
+        readable_RL = torch.minimum(position_L, seq_lens_R1 - 1).clamp_(min=0)
         window = self.spec.sliding_window
         mask_R11L = None
         if shortest != longest or (window is not None and longest > window):

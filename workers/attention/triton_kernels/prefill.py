@@ -155,6 +155,13 @@ def prefill_kernel(
         q_ptr + token_rows * q_stride + head_rows, dims[None, :], live,
         positions, cos_sin_ptr, q_norm_ptr, HEAD_DIM, ROPE, NORM_EPS,
     )  # fmt: skip
+    own_rows = out_ptr + token_rows * out_stride + within
+    if ROPE > 0:
+        # Queries fresh from a load go to shared memory once; computed ones would be fetched into registers before
+        # every product. The output's rows are this program's own, and free until its end.
+        tl.store(own_rows, q, mask=live)
+        tl.debug_barrier()
+        q = tl.load(own_rows, mask=live, other=0.0)
 
     plane: tl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
     cache_head_ptr = cache_ptr + head * (PAGE * HEAD_DIM)
@@ -212,4 +219,4 @@ def prefill_kernel(
         True,
     )
     result = acc / tl.where(running_sum > 0.0, running_sum, 1.0)[:, None]
-    tl.store(out_ptr + token_rows * out_stride + within, result.to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(own_rows, result.to(out_ptr.dtype.element_ty), mask=live)
