@@ -85,6 +85,7 @@ def test_pieces_that_arrive_take_over_from_the_eager_model_under_way(tmp_path: P
     deadline = time.monotonic() + 300
     while not engine.runner._serving._has_arrived():
         assert time.monotonic() < deadline
+        assert engine.runner._serving.is_temporary, "it took over while another replica was building, or failed"
         time.sleep(0.05)
     while engine.has_unfinished:
         tokens += [token for chunk in engine.step() for token in chunk.token_ids]

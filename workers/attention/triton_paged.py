@@ -11,6 +11,7 @@ making a backend does not.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from workers.attention.triton_kernels.tuning import (
     SplitPolicy,
     default_decode_tile,
     default_prefill_tile,
+    has_hopper_prefill,
     plan_splits,
 )
 from workers.errors import ConfigError
@@ -94,7 +96,7 @@ class TritonPagedAttention(AttentionBackend):
         self.splits = splits or SplitPolicy()
         self.num_sms = num_sms or _num_sms(device)
         self.decode_tile = decode_tile or default_decode_tile(spec.head_dim)
-        self.prefill_tile = prefill_tile or default_prefill_tile(spec.head_dim)
+        self.prefill_tile = prefill_tile or _default_prefill_tile(spec, device)
         self.kernels = KernelSet(spec, device, self.decode_tile, self.prefill_tile, self.splits)
         self._plans: dict[tuple[int, int], SplitPlan] = {}
         #: Of :meth:`forward`, and of :meth:`forward_rope`.
@@ -235,6 +237,15 @@ class TritonPagedAttention(AttentionBackend):
             mixed=not m.is_pure_decode,
             rope=rope,
         )
+
+
+def _default_prefill_tile(spec: AttentionSpec, device: torch.device) -> PrefillTile:
+    """The fastest kernel that the device, Triton's release and the model allow."""
+    if device.type != "cuda":
+        return default_prefill_tile(spec.head_dim)
+    capability, release = torch.cuda.get_device_capability(device), importlib.metadata.version("triton")
+    is_hopper = has_hopper_prefill(capability, release, spec.head_dim, spec.sliding_window)
+    return default_prefill_tile(spec.head_dim, hopper=is_hopper)
 
 
 def _check_supported(spec: AttentionSpec) -> None:

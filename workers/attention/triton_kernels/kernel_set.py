@@ -261,14 +261,22 @@ class KernelSet:
 
     def _specialize_prefill(self, kind: RopeKind) -> KernelLaunch:
         s, data, tile = self.spec, self.spec.dtype, self._prefill_tile
-        heads = (s.num_kv_heads, self.group, s.head_dim, self._head_dim_padded)
+        tensors = (data, data, data, _I32, _I32, _I32)
+        arguments = (*tensors, _ALIGNED, _ALIGNED, _ANY, _ANY, *_rope_examples(kind, data)[:3])
+        heads = (self._qk_scale, s.num_kv_heads, self.group, s.head_dim)
+        if tile.hopper:
+            # Imported here because Gluon, on a machine that cannot use it, need not even be there.
+            from workers.attention.triton_kernels.prefill_hopper import hopper_prefill_kernel
+
+            assert self._window == 0
+            tiles = (tile.block_m, tile.block_n, tile.num_stages, ROW_TILE)
+            constants = (*heads, s.block_size, *tiles, kind.code, kind.eps)
+            return KernelLaunch(hopper_prefill_kernel, arguments, constants, num_warps=tile.num_warps)
+        tile_sizes = (tile.block_m, tile.block_n, ROW_TILE)
         return KernelLaunch(
             prefill_kernel,
-            (data, data, data, _I32, _I32, _I32, _ALIGNED, _ALIGNED, _ANY, _ANY, *_rope_examples(kind, data)[:3]),
-            (
-                *(self._qk_scale, *heads, s.block_size, self._window, tile.block_m, tile.block_n, ROW_TILE),
-                *(kind.code, kind.eps),
-            ),
+            arguments,
+            (*heads, self._head_dim_padded, s.block_size, self._window, *tile_sizes, kind.code, kind.eps),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )

@@ -31,12 +31,21 @@ class DecodeTile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefillTile:
-    """How one prefill program works: ``block_m`` query rows (tokens times heads of a group), ``block_n`` keys."""
+    """How one prefill program works.
+
+    Attributes:
+        block_m: Query rows: tokens times heads of a group.
+        block_n: Keys per iteration.
+        num_warps: Warps per program.
+        num_stages: Tiles of keys, and as many of values, in shared memory.
+        hopper: Run :mod:`prefill_hopper`'s kernel instead of :mod:`prefill`'s; see :func:`has_hopper_prefill`.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    hopper: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +94,9 @@ class SplitPlan:
     max_chunk: int
 
 
+#: Releases of Triton whose Gluon :mod:`prefill_hopper` was written for.
+_GLUON_RELEASES = ("3.6.",)
+
 #: A length that no context reaches, and whose sum with one is still 32 bits wide.
 UNLIMITED = 1 << 30
 
@@ -125,8 +137,30 @@ def default_decode_tile(head_dim: int) -> DecodeTile:
     return DecodeTile(block_n=16, num_warps=4, num_stages=4)
 
 
-def default_prefill_tile(head_dim: int) -> PrefillTile:
+def has_hopper_prefill(
+    capability: tuple[int, int], triton_release: str, head_dim: int, sliding_window: int | None
+) -> bool:
+    """Whether :mod:`prefill_hopper` can be used.
+
+    Args:
+        capability: Compute capability of the device.
+        triton_release: Gluon is not yet stable, so only releases that were tried are trusted.
+        head_dim: Elements of a head.
+        sliding_window: Of the model.
+    """
+    return (
+        capability == (9, 0)
+        and triton_release.startswith(_GLUON_RELEASES)
+        and head_dim in (64, 128)
+        and sliding_window is None
+    )
+
+
+def default_prefill_tile(head_dim: int, *, hopper: bool = False) -> PrefillTile:
     """The prefill tile for a head size (elements of 2 bytes)."""
+    if hopper:
+        # Two programs share a multiprocessor, and take turns at its matrix unit.
+        return PrefillTile(block_m=64, block_n=64, num_warps=4, num_stages=2, hopper=True)
     if head_dim <= 64:
         return PrefillTile(block_m=128, block_n=64, num_warps=4, num_stages=3)
     if head_dim <= 128:
