@@ -21,7 +21,12 @@ from workers.artifacts.key import BundleKey, differing_factors
 from workers.checkpoint.cache import cache_root
 from workers.compile import environment
 from workers.compile.decorator import dynamic_arg_dims
-from workers.compile.environment import NEUTRAL_VARIABLES, environment_factors, source_digests
+from workers.compile.environment import (
+    NEUTRAL_VARIABLES,
+    compiler_variables,
+    environment_factors,
+    source_digests,
+)
 from workers.compile.key import PIECE_SECTIONS, bundle_key
 from workers.config import CompilationConfig, EngineConfig
 from workers.model.decoder import DecoderForCausalLM
@@ -280,3 +285,21 @@ def test_another_environment_home_and_cache_hits(tmp_path: Path) -> None:
     assert warm["prefix"] == str(tmp_path / "venv")
     assert (warm["key"], warm["outcome"]) == (cold["key"], "hit")
     assert warm["compilers_for_the_key"] == warm["compilers"] == []
+
+
+def test_an_assembler_counts_by_what_it_is_and_not_by_where_it_lies(tmp_path: Path) -> None:
+    def variables(path: Path) -> dict[str, str]:
+        return compiler_variables({"TRITON_PTXAS_PATH": str(path), "HOME": str(tmp_path)})
+
+    for folder, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ptxas").write_bytes(content)
+    here, there, other = (variables(tmp_path / folder / "ptxas") for folder in "abc")
+    assert here == there != other
+    assert str(tmp_path) not in str(here)
+    assert variables(tmp_path / "absent" / "ptxas") == {"TRITON_PTXAS_PATH": "ptxas"}
+
+
+def test_the_assembler_that_the_compiler_sets_by_itself_is_part_of_torch() -> None:
+    own = Path(torch.__file__).parent / "bin" / "ptxas"
+    assert compiler_variables({"TRITON_PTXAS_PATH": str(own)}) == compiler_variables({}) == {}

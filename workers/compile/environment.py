@@ -32,6 +32,9 @@ _TRACED_PACKAGES = ("workers/model", "workers/kernels", "workers/compile", "work
 #: Switches of the compilers, by the beginning of their names: a new one counts until it is known not to matter.
 _COMPILER_PREFIXES = ("TORCHINDUCTOR_", "TORCHDYNAMO_", "TORCH_COMPILE_", "TRITON_")
 
+#: Names the program that turns Triton's PTX into machine code.
+_ASSEMBLER = "TRITON_PTXAS_PATH"
+
 #: Names of instruction sets in /proc/cpuinfo, on x86 and on Arm; the other flags there say nothing of generated code.
 _INSTRUCTION_SET = re.compile(
     r"(sse|ssse|avx|amx|fma|bmi|f16c|gfni|vaes|vpclmul|sha|adx|movbe|popcnt|abm|asimd|sve|sme(?!p)|bf16|i8mm|atomics|fphp)"
@@ -94,12 +97,26 @@ def environment_factors(device: torch.device, environ: Mapping[str, str] | None 
 
 
 def compiler_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment's switches of the compilers that can change what is compiled."""
-    return {
+    """The environment's switches of the compilers that can change what is compiled, by name."""
+    variables = {
         name: value
         for name, value in sorted(environ.items())
         if name.startswith(_COMPILER_PREFIXES) and name not in NEUTRAL_VARIABLES
     }
+    assembler = variables.pop(_ASSEMBLER, None)
+    # Inductor points to torch's own once it has compiled something; that one belongs to torch's version.
+    if assembler is not None and Path(assembler) != Path(torch.__file__).parent / "bin" / "ptxas":
+        variables[_ASSEMBLER] = _digest_of_file(assembler)
+    return variables
+
+
+@functools.cache
+def _digest_of_file(path: str) -> str:
+    """Stands for a program wherever it lies; its name if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError:
+        return Path(path).name
 
 
 @functools.cache
