@@ -30,6 +30,8 @@ from typing import Any
 _PHASES = ("cold", "warm-remote", "warm-local", "after-sigkill", "scale-up")
 #: Printed by a child before its JSON; what else libraries print does not matter.
 _MARK = "startup-result "
+#: Before a line that is to be shown at once.
+_PROGRESS = "startup-progress "
 #: Of the device's memory, for each of three replicas beside one another.
 _SHARE = 0.3
 
@@ -96,12 +98,10 @@ def _note(name: str, rows: dict[str, Any], row: dict[str, Any]) -> None:
 def _start(args: argparse.Namespace, node: str, child: str) -> dict[str, Any]:
     """One process on one node, that is, with the caches of that node."""
     home = args.folder / node
-    caches = {
-        "WARMGRAPH_ARTIFACTS": "artifacts",
-        "TORCHINDUCTOR_CACHE_DIR": "inductor",
-        "TRITON_CACHE_DIR": "triton",
-        "VLLM_CACHE_ROOT": "vllm",
-    }
+    # Where Triton's kernels lie is part of what is measured: an engine of ours keeps them with its artifacts.
+    caches = {"WARMGRAPH_ARTIFACTS": "artifacts", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    if child == "vllm":
+        caches = {"VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     environment = os.environ | {name: str(home / folder) for name, folder in caches.items()}
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = [sys.executable, "-m", "benchmarks.startup", "--child", child, "--folder", str(args.folder)]
@@ -116,6 +116,10 @@ def _start(args: argparse.Namespace, node: str, child: str) -> dict[str, Any]:
             if line.startswith(_MARK):
                 ready = time.perf_counter() - started
                 break
+            if line.startswith(_PROGRESS):
+                print(
+                    f"{time.perf_counter() - started:6.1f} s  {line.removeprefix(_PROGRESS)}", end="", file=sys.stderr
+                )
         else:
             sys.stderr.write(log.read_text(errors="replace")[-4000:])
             raise SystemExit(f"{child} on {node} ended with status {process.wait()}")
@@ -128,6 +132,10 @@ def _start(args: argparse.Namespace, node: str, child: str) -> dict[str, Any]:
 def _tell(row: dict[str, Any]) -> None:
     usage = os.times()
     print(_MARK + json.dumps({"cpu_s": round(usage.user + usage.system, 2), **row}), flush=True)
+
+
+def _progress(text: str) -> None:
+    print(f"{_PROGRESS}{text}", flush=True)
 
 
 def _child(args: argparse.Namespace) -> None:
@@ -215,6 +223,7 @@ def _scale_up(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory(prefix="wg-", ignore_cleanup_errors=True) as ray_dir:
         num_gpus = 1 if args.device != "cpu" else 0
+        _progress("starting Ray")
         ray.init(num_cpus=4, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False, _temp_dir=ray_dir)
         options = _options(args) | {"gpu_memory_utilization": _SHARE}
 
@@ -239,12 +248,15 @@ def _scale_up(args: argparse.Namespace) -> None:
 
         actor: Any = ray.remote(Replica).options(num_cpus=0, num_gpus=num_gpus / 3)
         rows, replicas = {}, []
+        _progress("taking the processes that Ray begins with")
         idle = [ray.remote(_Idle).options(num_cpus=0).remote() for _ in range(4)]
         ray.get([other.pid.remote() for other in idle])  # takes the processes that Ray has in store at first
         for name in ("first", "new process", "spare process"):
             if name == "spare process":
+                _progress("waiting for a spare process")
                 ray.get(replicas[0].keep_spare.remote())
                 _wait_for_spare(replicas[0])
+            _progress(f"replica: {name}")
             started = time.perf_counter()
             replicas.append(actor.remote())
             report = ray.get(replicas[-1].report.remote())
