@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,3 +203,18 @@ def test_dummy_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     parameters = dict(first.named_parameters())
     assert torch.equal(parameters[f"{LAYER}.self_attn.qkv_proj.bias"], torch.zeros(4 * 16 + 2 * 2 * 16))
     assert torch.equal(parameters[f"{LAYER}.self_attn.q_norm.weight"], torch.ones(16))
+
+
+def test_nothing_that_takes_long_to_import_is_needed() -> None:
+    code = """
+import sys
+from pathlib import Path
+import torch
+import workers.engine.engine
+from workers.model.config import ModelConfig
+from workers.model.loader import load_model
+folder = Path(sys.argv[1])
+load_model(folder, ModelConfig.from_folder(folder), torch.float32, torch.device("cpu"))
+assert not {"sympy", "transformers", "torch._dynamo", "torch._inductor"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint("llama"))], check=True)

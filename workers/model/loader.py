@@ -134,7 +134,9 @@ def _allocate(model: DecoderForCausalLM, device: torch.device) -> None:
     """Replace meta parameters by uninitialised ones on the device."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+            # Not empty_like: of a meta tensor it imports a symbolic algebra, most of a second.
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
     config = model.config
     num_positions = model.model.cos_sin_cache.shape[0]
     model.model.cos_sin_cache = compute_cos_sin_cache(config.rope, config.head_dim, num_positions, device)
