@@ -95,3 +95,23 @@ def test_pieces_that_arrive_take_over_from_the_eager_model_under_way(tmp_path: P
     while engine.use_idle_time():
         pass
     assert sum(engine.graph_report().captured.values()) > 0, "graphs of the compiled model are captured in gaps"
+
+
+def test_an_idle_engine_builds_what_the_next_start_loads_without_a_compiler(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"build_in_background": True}
+    engine = Engine(make_config(tmp_path, "auto", **options))
+    assert engine.runner._graphs.compiled.plan is not None
+    while engine.use_idle_time():
+        pass
+    background = engine.runner._background
+    assert background is not None
+    background.wait()
+    again = Engine(make_config(tmp_path, "auto"))
+    assert again.runner.artifact_warm
+    assert again.runner._graphs.compiled.report.piece_format == "aoti"
+    tokens = []
+    for one in (engine, again):
+        one.add_request("r", [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+        tokens.append([token for _ in range(22) for chunk in one.step() for token in chunk.token_ids])
+    assert len(tokens[0]) == 20
+    assert tokens[0] == tokens[1]
