@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -129,3 +130,22 @@ def test_inputs_come_from_their_specs() -> None:
 def test_a_size_is_arithmetic_and_nothing_else(size: str) -> None:
     with pytest.raises(PlanMismatchError, match="is not a size"):
         example_inputs([InputSpec("float32", "cpu", (size,), (1,))], 5)
+
+
+def test_the_child_knows_every_operator_that_a_piece_can_call() -> None:
+    code = """
+import json, sys
+import importlib
+importlib.import_module(sys.argv[1])
+import torch
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("warmgraph::")]
+print(json.dumps(sorted(name for name in names if "attention" not in name)))
+"""
+
+    def operators(module: str) -> list[str]:
+        run = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=True)
+        names: list[str] = json.loads(run.stdout)
+        return names
+
+    # Attention stands between pieces.
+    assert operators("workers.compile.build_more") == operators("workers.engine.engine") != []

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 # Defines the operators that sources call.
-import workers.kernels.functional  # noqa: F401
+import workers.kernels.linear  # noqa: F401
 from workers.compile import torch_compat
 from workers.compile.compiler import build_pieces
 from workers.compile.environment import environment_factors, source_digests
