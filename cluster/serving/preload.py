@@ -10,6 +10,8 @@ import contextlib
 import importlib
 
 from cluster.serving.spare import wants_spare
+from workers.startup.cuda import has_driver
+from workers.startup.triton import prepare_triton
 
 #: What a replica imports: Serve's side of it, and the engine.
 _MODULES = ("ray.serve._private.replica", "cluster.serving.replica", "workers.engine.engine")
@@ -19,3 +21,5 @@ if wants_spare():
         # What cannot be imported here will be complained about by whoever needs it.
         with contextlib.suppress(ImportError):
             importlib.import_module(_module)
+    if has_driver():
+        prepare_triton()

@@ -1,7 +1,7 @@
 """The whole start of an engine, from before torch is imported.
 
-Begins first what needs no torch and takes time by itself: the CUDA driver, the process that tries stored pieces,
-reading ahead in the weights. Then imports the engine and makes it. Imports torch only when called.
+Begins first what needs no torch and takes time by itself: the CUDA driver, Triton, the process that tries stored
+pieces, reading ahead in the weights. Then imports the engine and makes it. Imports torch only when called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from workers.config import EngineConfig
 from workers.leases.base import LeaseService
 from workers.startup.account import StartupAccount
 from workers.startup.beside import beside
-from workers.startup.cuda import device_index, initialize_driver
+from workers.startup.cuda import device_index, has_driver, initialize_driver
+from workers.startup.triton import prepare_triton
 
 if TYPE_CHECKING:
     from workers.engine.engine import Engine
@@ -38,6 +39,8 @@ def start_engine(
     if index is not None and "torch" not in sys.modules:
         # Where torch has been imported the caller may have chosen another device with it.
         beside(account, "CUDA driver", functools.partial(initialize_driver, index))
+        if has_driver():
+            beside(account, "Triton", prepare_triton)
     with begun_early(config):
         with account.phase("read ahead") as phase:
             folder = resolve_model(config.model)
