@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import contextlib
 
-from workers.kernels.triton_found import has_triton
-
 
 def prepare_triton() -> None:
     """Do it; takes about a second of a thread."""
-    if not has_triton():
-        return
     with contextlib.suppress(ImportError):
         from triton.runtime.cache import triton_key  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
