@@ -24,7 +24,7 @@ from cluster.messages import ReplicaState
 from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.registry import POLICIES, LoadedPolicy
 from cluster.routing.snapshot import ReplicaSnapshot, RoutingRequest
-from workers.request import Request
+from workers.request import Request, token_array
 from workers.sampling_params import SamplingParams
 from workers.scheduler.block_hash import hash_blocks
 from workers.scheduler.output import SchedulerOutput
@@ -184,7 +184,7 @@ def make_requests(load: Load, profile: Profile, num_replicas: int) -> list[tuple
         tokens = [*rng.choice(prefixes), *(rng.randrange(50_000) for _ in range(load.tail_tokens))]
         max_tokens = max(1, round(load.output_tokens * rng.uniform(0.5, 1.5)))
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        arrivals.append((now_s, Request(str(index), tokens, len(tokens), params, max_tokens)))
+        arrivals.append((now_s, Request(str(index), token_array(tokens), len(tokens), params, max_tokens)))
     return arrivals
 
 

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from workers.request import Request
+from workers.request import Request, token_array
 from workers.sampling_params import SamplingParams
 from workers.scheduler.block_pool import BlockPool
 from workers.scheduler.output import SchedulerOutput
@@ -42,7 +42,7 @@ def make_scheduler(num_seqs: int, prompt_len: int, num_steps: int) -> Scheduler:
 def make_request(index: int, prompt_len: int, num_steps: int) -> Request:
     """A greedy request with a prompt of its own, of a length that spreads block boundaries over the steps."""
     prompt_len -= index % BLOCK_SIZE
-    prompt = [index, *range(1, prompt_len)]
+    prompt = token_array([index, *range(1, prompt_len)])
     params = SamplingParams(temperature=0.0, max_tokens=num_steps + 4, ignore_eos=True)
     return Request(str(index), prompt, prompt_len, params, num_steps + 4)
 
@@ -84,7 +84,7 @@ def run_admission(num_seqs: int, prompt_len: int) -> tuple[float, float]:
 def time_integrity_check(num_blocks: int) -> float:
     """Microseconds to account for every block of an idle pool, half of it cached."""
     pool = BlockPool(num_blocks, BLOCK_SIZE)
-    request = Request("r", list(range((num_blocks // 2) * BLOCK_SIZE)), 1, SamplingParams(), 1)
+    request = Request("r", token_array(range((num_blocks // 2) * BLOCK_SIZE)), 1, SamplingParams(), 1)
     pool.allocate_known(request, [])
     pool.register(request, 0, len(request.block_ids))
     pool.free(request)

@@ -171,9 +171,8 @@ class SamplingParams:
         Raises:
             InvalidRequestError: ``logit_bias`` or ``stop_token_ids`` names an id of ``vocab_size`` or more.
         """
-        for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_ids)):
-            largest = max(ids, default=0)
-            if largest >= vocab_size:
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_ids)):
+            if ids and (largest := max(ids)) >= vocab_size:
                 raise InvalidRequestError(
                     f"{name} holds token id {largest}, but this model's vocabulary ends at {vocab_size - 1}.",
                     param=name,

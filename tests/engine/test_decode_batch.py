@@ -9,7 +9,7 @@ import torch
 
 from workers.kernels.decode_buffers import DecodeBuffers, DecodeField
 from workers.kernels.decode_inputs import unpack_decode, unpack_with_torch
-from workers.request import Request
+from workers.request import Request, token_array
 from workers.runner.decode_batch import DecodeBatch
 from workers.runner.input_batch import InputBatch
 from workers.runner.slots import SlotTable
@@ -21,9 +21,8 @@ CPU = torch.device("cpu")
 
 
 def make_request(name: str, num_tokens: int, rng: random.Random) -> Request:
-    request = Request(
-        name, [rng.randrange(100) for _ in range(num_tokens)], max(num_tokens - 2, 1), SamplingParams(), 99
-    )
+    token_ids = token_array([rng.randrange(100) for _ in range(num_tokens)])
+    request = Request(name, token_ids, max(num_tokens - 2, 1), SamplingParams(), 99)
     request.block_ids = rng.sample(range(1, 200), -(-num_tokens // BLOCK))
     return request
 
@@ -53,6 +52,7 @@ def test_unpacked_steps_equal_steps_laid_out_by_the_host(seed: int) -> None:
         output = SchedulerOutput(step, scheduled, len(scheduled))
         num_rows = rng.randint(len(live), MAX_SEQS)
         expected = host.prepare(output, seated, num_rows, num_rows)
+        num_output_R = host.prepare_sampling(output, seated, expected.geometry).num_output_R
         input_ids, positions = expected.input_ids_T.clone(), expected.positions_T.clone()
         actual, buffers = decode.prepare(output, seated, num_rows), decode.buffers
         geometry, wanted = actual.geometry, expected.geometry
@@ -64,7 +64,7 @@ def test_unpacked_steps_equal_steps_laid_out_by_the_host(seed: int) -> None:
         assert geometry.query_start_loc_cpu.tolist() == wanted.query_start_loc_cpu.tolist()
         assert geometry.seq_lens_cpu.tolist() == wanted.seq_lens_cpu.tolist()
         assert (geometry.max_seq_len, geometry.num_reqs) == (wanted.max_seq_len, wanted.num_reqs)
-        assert torch.equal(buffers.num_output_R[: len(live)], expected.num_output_R)
+        assert torch.equal(buffers.num_output_R[: len(live)], num_output_R)
         assert buffers.slots_R[:num_rows].tolist() == seated + [MAX_SEQS] * (num_rows - len(live))
         for row, request in enumerate(live):
             assert geometry.block_table_RM[row, : len(request.block_ids)].tolist() == request.block_ids

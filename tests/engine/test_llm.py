@@ -109,7 +109,10 @@ def test_max_tokens_of_none_goes_to_the_end_of_the_context(llm: LLM) -> None:
     [
         ({"prompt_token_ids": []}, {}, InvalidRequestError, "prompt is empty"),
         ({"prompt_token_ids": [1] * 256}, {}, PromptTooLongError, "the context holds 256"),
-        ({"prompt_token_ids": [99999]}, {}, InvalidRequestError, "must be between 0 and"),
+        ({"prompt_token_ids": [99999]}, {}, InvalidRequestError, "must be integers between 0 and"),
+        ({"prompt_token_ids": [-1]}, {}, InvalidRequestError, "must be integers between 0 and"),
+        ({"prompt_token_ids": [2**32]}, {}, InvalidRequestError, "must be integers between 0 and"),
+        ({"prompt_token_ids": [1.5]}, {}, InvalidRequestError, "must be integers between 0 and"),
         ({"text": "x"}, {}, InvalidRequestError, r"got the keys \['text'\]"),
         ("hello", {"logit_bias": {99999: 1.0}}, InvalidRequestError, "logit_bias holds token id 99999"),
     ],

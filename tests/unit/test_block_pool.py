@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.request import Request
+from workers.request import Request, token_array
 from workers.sampling_params import SamplingParams
 from workers.scheduler.block_hash import ROOT_HASH, extend_block_hashes, hash_blocks
 from workers.scheduler.block_pool import NULL_BLOCK, BlockPool
@@ -19,7 +19,7 @@ BLOCK_SIZE = 4
 
 def make_request(token_ids: list[int], request_id: str = "r", *, prompt_logprobs: int | None = None) -> Request:
     params = SamplingParams(prompt_logprobs=prompt_logprobs)
-    return Request(request_id, list(token_ids), len(token_ids), params, max_tokens=16)
+    return Request(request_id, token_array(token_ids), len(token_ids), params, max_tokens=16)
 
 
 def allocate(pool: BlockPool, request: Request) -> list[int]:
@@ -263,15 +263,16 @@ def test_hashes_follow_their_definition() -> None:
 
 def test_a_block_with_unknown_tokens_has_no_name() -> None:
     with pytest.raises(AssertionError, match="known"):
-        extend_block_hashes([], [1, 2, 3], 2, 2)
+        extend_block_hashes([], token_array([1, 2, 3]), 2, 2)
 
 
 @given(st.lists(st.integers(0, 3), max_size=24), st.integers(1, 5), st.lists(st.integers(0, 6), max_size=6))
 def test_hashing_in_pieces_equals_hashing_at_once(tokens: list[int], block_size: int, cuts: list[int]) -> None:
     hashes: list[bytes] = []
+    known = token_array(tokens)
     for cut in sorted(cuts):
-        extend_block_hashes(hashes, tokens, block_size, min(cut, len(tokens) // block_size))
-    extend_block_hashes(hashes, tokens, block_size, len(tokens) // block_size)
+        extend_block_hashes(hashes, known, block_size, min(cut, len(tokens) // block_size))
+    extend_block_hashes(hashes, known, block_size, len(tokens) // block_size)
     assert hashes == hash_blocks(tokens, block_size)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.routing.prefix_index import PrefixFeed, PrefixIndex
-from workers.request import Request
+from workers.request import Request, token_array
 from workers.sampling_params import SamplingParams
 from workers.scheduler.block_hash import hash_blocks
 from workers.scheduler.block_pool import BlockPool
@@ -17,7 +17,7 @@ BLOCK_SIZE = 4
 
 def run_prompt(pool: BlockPool, tokens: list[int]) -> None:
     """A request that computes its prompt and leaves."""
-    request = Request("r", tokens, len(tokens), SamplingParams(), max_tokens=1)
+    request = Request("r", token_array(tokens), len(tokens), SamplingParams(), max_tokens=1)
     prefix = pool.get_cached_prefix(request)
     pool.allocate_known(request, prefix)
     pool.register(request, len(prefix), len(tokens) // BLOCK_SIZE)

@@ -8,7 +8,7 @@ import pytest
 
 from workers.errors import ConfigError, InvalidRequestError, PromptTooLongError
 from workers.outputs import FinishReason
-from workers.request import Request, RequestStatus
+from workers.request import Request, RequestStatus, token_array
 from workers.sampling_params import SamplingParams
 from workers.scheduler.output import RequestUpdate, SchedulerOutput
 from workers.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -51,7 +51,7 @@ def make_request(
     params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=stop_token_ids)
     return Request(
         request_id,
-        [*token_ids, *(resumed or [])],
+        token_array([*token_ids, *(resumed or [])]),
         len(token_ids),
         params,
         max_tokens,

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from workers.errors import InvalidRequestError
 from workers.outputs import FinishReason
-from workers.request import Request, RequestStatus
+from workers.request import Request, RequestStatus, token_array
 from workers.sampling_params import SamplingParams
 from workers.scheduler.block_pool import NULL_BLOCK
 from workers.scheduler.output import RequestUpdate, ScheduledRequest, SchedulerOutput
@@ -190,7 +190,7 @@ class Simulation:
         self.num_added += 1
         return Request(
             request_id=str(self.num_added),
-            token_ids=[*prompt, *prompt[: spec.num_resumed]],
+            token_ids=token_array([*prompt, *prompt[: spec.num_resumed]]),
             num_prompt_tokens=len(prompt),
             params=SamplingParams(
                 max_tokens=max_tokens,

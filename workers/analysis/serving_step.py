@@ -15,7 +15,7 @@ import torch
 
 from workers.analysis.harness import Batch, Forward, ModelHarness
 from workers.graphs import BatchDescriptor, CUDAGraphMode, CUDAGraphWrapper
-from workers.request import Request
+from workers.request import Request, token_array
 from workers.runner.decode_batch import DecodeBatch, DecodeInputs
 from workers.runner.decode_graphs import DecodeFunction, DecodeGraphs
 from workers.runner.input_batch import InputBatch
@@ -112,8 +112,8 @@ class ServingStep:
         tables, ids = batch.geometry.block_table_RM.tolist(), batch.input_ids_T.tolist()
         self._seated = []
         for row, length in enumerate(batch.geometry.seq_lens_cpu[: batch.num_tokens].tolist()):
-            name = f"{self._num_steps}/{row}"
-            request = Request(name, [0] * (length - 1) + [ids[row]], length, SamplingParams(temperature=0.0), 1)
+            name, token_ids = f"{self._num_steps}/{row}", token_array([0] * (length - 1) + [ids[row]])
+            request = Request(name, token_ids, length, SamplingParams(temperature=0.0), 1)
             request.block_ids = tables[row][: -(-length // self._harness.config.block_size)]
             self._seated.append(request)
         slots = [self._slots.seat(request)[0] for request in self._seated]

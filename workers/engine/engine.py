@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import collections
 import itertools
+import struct
 import time
+from array import array
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from workers.checkpoint.cache import artifacts_root
 from workers.checkpoint.resolve import resolve_model
@@ -21,7 +25,7 @@ from workers.graphs import GraphReport, HistogramStore
 from workers.leases.base import LeaseService
 from workers.model.config import ModelConfig
 from workers.outputs import FinishReason, TokenChunk
-from workers.request import Request
+from workers.request import Request, token_array
 from workers.runner.device import resolve_max_model_len
 from workers.runner.model_runner import ModelRunner, PendingStep
 from workers.sampling_params import SamplingParams
@@ -114,11 +118,12 @@ class Engine:
         assert params.n == 1, "fan out n > 1 above the engine"
         if request_id in self._requests:
             raise InvalidRequestError(f"request_id {request_id!r} is in use; give every request its own.")
-        self._check(prompt_token_ids, params)
+        token_ids = self._checked(prompt_token_ids, params)
+        token_ids.extend(resume_token_ids)
         room = self.max_model_len - len(prompt_token_ids)
         request = Request(
             request_id=request_id,
-            token_ids=[*prompt_token_ids, *resume_token_ids],
+            token_ids=token_ids,
             num_prompt_tokens=len(prompt_token_ids),
             params=params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
@@ -161,6 +166,7 @@ class Engine:
             self._in_flight.append((output, self.runner.execute(output)))
             self._num_steps += 1
             self._num_computed_tokens += output.num_tokens
+            self.scheduler.name_blocks(output)
         chunks: list[TokenChunk] = []
         if self._in_flight and (output is None or len(self._in_flight) >= self.runner.pipeline_depth):
             chunks = self._collect(*self._in_flight.popleft())
@@ -238,7 +244,8 @@ class Engine:
         if self.config.artifacts.store is not None:
             write_report(artifacts_root() / "startup", self._account.report())
 
-    def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def _checked(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> array[int]:
+        """The prompt, if it can be served with these parameters."""
         if not prompt_token_ids:
             raise InvalidRequestError("The prompt is empty; give at least one token.", param="prompt")
         if len(prompt_token_ids) >= self.max_model_len:
@@ -248,12 +255,18 @@ class Engine:
                 param="prompt",
             )
         vocab_size = self.model_config.vocab_size
-        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab_size:
+        try:
+            token_ids = token_array(prompt_token_ids)
+            is_known = np.frombuffer(token_ids, np.uint32).max() < vocab_size
+        except struct.error:
+            is_known = False
+        if not is_known:
             raise InvalidRequestError(
-                f"Token ids of the prompt must be between 0 and {vocab_size - 1}.", param="prompt"
+                f"Token ids of the prompt must be integers between 0 and {vocab_size - 1}.", param="prompt"
             )
         params.check_vocabulary(vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequestError(
                 "Stop strings need a tokenizer, and this engine runs without one; use stop_token_ids.", param="stop"
             )
+        return token_ids

@@ -44,7 +44,7 @@ class OutputProcessor:
         """Start following a request; tokens it resumes from count as already sent."""
         detokenizer = None
         if self._tokenizer is not None and request.params.detokenize:
-            prompt_ids = request.token_ids[: request.num_prompt_tokens]
+            prompt_ids = request.token_ids[: request.num_prompt_tokens].tolist()
             detokenizer = IncrementalDetokenizer(self._tokenizer, request.params, prompt_ids)
             if request.num_output_tokens:
                 detokenizer.push(request.output_token_ids)

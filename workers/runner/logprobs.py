@@ -80,7 +80,7 @@ def _prompt_positions(
     num_top = item.request.params.prompt_logprobs
     assert num_top is not None
     start = item.num_computed_tokens + 1
-    token_ids = item.request.token_ids[start : start + len(rows_NE)]
+    token_ids = item.request.token_ids[start : start + len(rows_NE)].tolist()
     positions: list[PositionLogprobs] = []
     for begin in range(0, len(token_ids), _ROWS_AT_ONCE):
         ids = token_ids[begin : begin + _ROWS_AT_ONCE]

@@ -37,7 +37,7 @@ from workers.runner.device import resolve_device, resolve_dtype
 from workers.runner.device_memory import DeviceMemory, out_of_memory
 from workers.runner.flight import leases_of
 from workers.runner.graphed_model import GraphedModel
-from workers.runner.input_batch import InputBatch, StepInputs
+from workers.runner.input_batch import InputBatch, SampledRows
 from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sampled_logprobs
 from workers.runner.memory_plan import MemoryPlanShelf
 from workers.runner.serving_model import ServingModel
@@ -197,19 +197,23 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> PendingStep:
         """Launch one step; returns at once on CUDA, when it is done on a CPU."""
-        slots = self._seat(output)
+        slots, newcomers = self._seat(output)
         is_decode = output.num_tokens == output.num_reqs and all(item.samples for item in output.scheduled)
         mode, descriptor = self._graphs.dispatch(output, is_decode=is_decode)
         if is_decode:
+            self._add_to_sampling(newcomers)
             return self._execute_decode(output, slots, mode, descriptor)
         inputs = self._batch.prepare(output, slots, descriptor.num_tokens, descriptor.num_reqs or output.num_reqs)
         hidden_TE = self._graphs.run(inputs, mode, descriptor)
+        # What only sampling needs is made ready while the device runs the model.
+        self._add_to_sampling(newcomers)
+        rows = self._batch.prepare_sampling(output, slots, inputs.geometry)
         prompt = prompt_logprobs(output, hidden_TE, self.model.compute_logits)
-        logits_RV = self._sampled_logits(inputs, hidden_TE)
-        plan = self._sampling.plan(inputs.sampled_slots)
-        sampled = self._sampler.sample(logits_RV, inputs.sampled_slots_R, inputs.num_output_R, plan)
-        self._batch.last_token_S.index_copy_(0, inputs.sampled_slots_R, sampled.token_ids_R)
-        return self._pending([item.request for item in inputs.sampled], sampled.token_ids_R, sampled.logprobs, prompt)
+        logits_RV = self._sampled_logits(rows, hidden_TE)
+        plan = self._sampling.plan(rows.slots)
+        sampled = self._sampler.sample(logits_RV, rows.slots_R, rows.num_output_R, plan)
+        self._batch.last_token_S.index_copy_(0, rows.slots_R, sampled.token_ids_R)
+        return self._pending(rows.requests, sampled.token_ids_R, sampled.logprobs, prompt)
 
     def _execute_decode(
         self, output: SchedulerOutput, slots: list[int], mode: CUDAGraphMode, descriptor: BatchDescriptor
@@ -300,31 +304,39 @@ class ModelRunner:
             self._histogram_store,
         )
 
-    def _seat(self, output: SchedulerOutput) -> list[int]:
-        """Give newcomers a slot, and free those of requests that left."""
+    def _seat(self, output: SchedulerOutput) -> tuple[list[int], list[tuple[int, Request]]]:
+        """Free the slots of requests that left, and give newcomers one.
+
+        Returns:
+            The slot of each scheduled request, and the newcomers with theirs, of which the sampler knows nothing yet.
+        """
         for slot in self._slots.drop(output.dropped_request_ids):
             self._sampling.remove(slot)
         known = self._slots.find(item.request for item in output.scheduled)
         if known is not None:
-            return known
-        slots = []
+            return known, []
+        slots, newcomers = [], []
         for item in output.scheduled:
             request = item.request
             slot, is_new = self._slots.seat(request)
             slots.append(slot)
             if is_new:
                 self._decode_batch.forget(slot)
-                prompt = request.token_ids[: request.num_prompt_tokens]
-                self._sampling.add(
-                    slot, request.params, prompt, request.output_token_ids, request.eos_token_ids, request.seed
-                )
-        self._sampling.flush()
-        return slots
+                newcomers.append((slot, request))
+        return slots, newcomers
 
-    def _sampled_logits(self, inputs: StepInputs, hidden_TE: torch.Tensor) -> torch.Tensor:
-        if inputs.last_rows_R is None:
-            return self.model.compute_logits(hidden_TE[: len(inputs.sampled)])
-        return self.model.compute_logits(hidden_TE.index_select(0, inputs.last_rows_R))
+    def _add_to_sampling(self, newcomers: list[tuple[int, Request]]) -> None:
+        for slot, request in newcomers:
+            prompt = request.token_ids[: request.num_prompt_tokens]
+            self._sampling.add(
+                slot, request.params, prompt, request.output_token_ids, request.eos_token_ids, request.seed
+            )
+        self._sampling.flush()
+
+    def _sampled_logits(self, rows: SampledRows, hidden_TE: torch.Tensor) -> torch.Tensor:
+        if rows.last_rows_R is None:
+            return self.model.compute_logits(hidden_TE[: len(rows.slots)])
+        return self.model.compute_logits(hidden_TE.index_select(0, rows.last_rows_R))
 
 
 def _background_formats(

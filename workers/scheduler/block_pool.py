@@ -18,7 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 from workers.request import Request
-from workers.scheduler.block_hash import extend_block_hashes
+from workers.scheduler.block_hash import extend_block_hashes, new_block_hashes
 from workers.scheduler.prefix_journal import PrefixJournal
 
 #: Where padding of a block table points.
@@ -88,9 +88,11 @@ class BlockPool:
         if not self._reads_cache(request):
             return []
         num_blocks = (request.num_tokens - 1) // self.block_size
-        extend_block_hashes(request.block_hashes, request.token_ids, self.block_size, num_blocks)
+        known = request.block_hashes[:num_blocks]
+        # Hashed only as far as the cache reaches.
+        new = new_block_hashes(request.block_hashes, request.token_ids, self.block_size, num_blocks)
         found = []
-        for block_hash in itertools.islice(request.block_hashes, num_blocks):
+        for block_hash in itertools.chain(known, new):
             block_id = self._block_of.get(block_hash)
             if block_id is None:
                 break
@@ -111,14 +113,14 @@ class BlockPool:
             if self._ref_counts[block_id] == 0:
                 del self._free_cached[block_id]
             self._ref_counts[block_id] += 1
-        request.block_ids = [*cached_prefix, *(self._take() for _ in range(num_new))]
+        request.block_ids = [*cached_prefix, *self._take(num_new)]
         if request.num_preemptions == 0 and self._reads_cache(request):
             self.num_query_tokens += request.num_tokens
             self.num_hit_tokens += len(cached_prefix) * self.block_size
 
     def append_block(self, request: Request) -> None:
         """Give the request one more block; the caller has seen that one is free."""
-        request.block_ids.append(self._take())
+        request.block_ids += self._take(1)
 
     def free(self, request: Request) -> None:
         """Take back all of the request's blocks; cached content stays until they are handed out again."""
@@ -127,6 +129,11 @@ class BlockPool:
         for block_id in reversed(block_ids):
             self._release(block_id)
 
+    def name_blocks(self, request: Request, stop: int) -> None:
+        """Hash blocks up to ``stop - 1`` of the request, so that :meth:`register` need not."""
+        if self.enable_prefix_caching:
+            extend_block_hashes(request.block_hashes, request.token_ids, self.block_size, stop)
+
     def register(self, request: Request, start: int, stop: int) -> None:
         """Make blocks ``start`` to ``stop - 1`` of the request findable; their KV must have been computed.
 
@@ -134,9 +141,9 @@ class BlockPool:
         """
         if not self.enable_prefix_caching:
             return
-        extend_block_hashes(request.block_hashes, request.token_ids, self.block_size, stop)
-        for index in range(start, stop):
-            block_id, block_hash = request.block_ids[index], request.block_hashes[index]
+        self.name_blocks(request, stop)
+        named = zip(request.block_ids[start:stop], request.block_hashes[start:stop], strict=True)
+        for block_id, block_hash in named:
             assert self._hash_of[block_id] is None, f"block {block_id} was written while it was cached"
             if self._block_of.setdefault(block_hash, block_id) == block_id:
                 self._hash_of[block_id] = block_hash
@@ -179,20 +186,25 @@ class BlockPool:
         # Logprobs of prompt tokens need the forward pass that a cache hit would skip.
         return self.enable_prefix_caching and request.params.prompt_logprobs is None
 
-    def _take(self) -> int:
-        """A free block, now with one reference: an empty one, else the least recently used cached one."""
-        if self._free_empty:
-            block_id, _ = self._free_empty.popitem()
-        else:
-            assert self._free_cached, "no free block; the caller checks num_free_blocks first"
-            block_id, _ = self._free_cached.popitem(last=False)
-            block_hash = self._hash_of[block_id]
-            assert block_hash is not None
-            del self._block_of[block_hash]
-            self._hash_of[block_id] = None
-            if self.journal is not None:
-                self.journal.remove(block_hash)
-        self._ref_counts[block_id] = 1
+    def _take(self, count: int) -> list[int]:
+        """Free blocks, now with one reference each: empty ones, then the least recently used cached ones."""
+        take_empty = self._free_empty.popitem
+        num_empty = min(count, len(self._free_empty))
+        block_ids = [take_empty()[0] for _ in range(num_empty)]
+        block_ids += [self._evict() for _ in range(count - num_empty)]
+        for block_id in block_ids:
+            self._ref_counts[block_id] = 1
+        return block_ids
+
+    def _evict(self) -> int:
+        assert self._free_cached, "no free block; the caller checks num_free_blocks first"
+        block_id, _ = self._free_cached.popitem(last=False)
+        block_hash = self._hash_of[block_id]
+        assert block_hash is not None
+        del self._block_of[block_hash]
+        self._hash_of[block_id] = None
+        if self.journal is not None:
+            self.journal.remove(block_hash)
         return block_id
 
     def _release(self, block_id: int) -> None:

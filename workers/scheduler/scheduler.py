@@ -162,6 +162,18 @@ class Scheduler:
         self._in_flight.append(output)
         return output
 
+    def name_blocks(self, output: SchedulerOutput) -> None:
+        """Hash the blocks that the prefills of a step fill: a part of ``update`` that can be done while the step runs.
+
+        Called, if at all, before any other call to the scheduler.
+        """
+        if output.num_tokens == output.num_reqs:
+            return
+        for item in output.scheduled:
+            if item.num_tokens > 1:
+                end = item.num_computed_tokens + item.num_tokens
+                self.block_pool.name_blocks(item.request, end // self.config.block_size)
+
     def update(self, output: SchedulerOutput, sampled: Sequence[int]) -> list[RequestUpdate]:
         """Bring the results of the oldest step in flight.
 
