@@ -6,9 +6,12 @@ thread.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.progress import Progress
@@ -51,6 +54,17 @@ class _Collected:
             output.finish_reason, output.stop_reason = chunk.finish_reason.value, chunk.stop_reason
 
 
+@contextlib.contextmanager
+def _progress(total: int, is_shown: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar, if wanted; yields what moves it on by one completion."""
+    if not is_shown:
+        yield lambda: None
+        return
+    with Progress() as progress:
+        task = progress.add_task("completions", total=total)
+        yield lambda: progress.advance(task)
+
+
 class LLM:
     """A model ready to generate.
 
@@ -66,6 +80,8 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         self.engine = start_engine(EngineConfig.create(model=model, **options))
         self._ids = itertools.count()
+        # While steps run, these are saved now and then; at the end comes what is left.
+        weakref.finalize(self, self.engine.save_traffic)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -95,14 +111,17 @@ class LLM:
             One output per prompt, in the order of the prompts.
 
         Raises:
-            InvalidRequestError: A prompt or its parameters cannot be served; nothing was generated.
+            InvalidRequestError: A prompt or its parameters cannot be served; then none is.
         """
         prompt_list = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         params = self._spread(sampling_params, len(prompt_list))
         token_ids = [self._token_ids(prompt) for prompt in prompt_list]
-        collected = self._submit(token_ids, params)
-        for request_id, chunk in self._run(len(collected), use_tqdm):
-            collected[request_id].extend(chunk)
+        collected: dict[str, _Collected] = {}
+        with frozen_heap(), _progress(sum(single.n for single in params), use_tqdm) as advance:
+            for chunk in self._run(token_ids, params, collected):
+                collected[chunk.request_id].extend(chunk)
+                if chunk.finish_reason is not None:
+                    advance()
         return self._outputs(prompt_list, token_ids, list(collected.values()))
 
     def chat(
@@ -146,29 +165,38 @@ class LLM:
             param="prompts",
         )
 
-    def _submit(self, token_ids: list[list[int]], params: Sequence[SamplingParams]) -> dict[str, _Collected]:
-        collected: dict[str, _Collected] = {}
+    def _run(
+        self, token_ids: list[list[int]], params: Sequence[SamplingParams], collected: dict[str, _Collected]
+    ) -> Iterator[TokenChunk]:
+        """Queue every completion, enter it into ``collected``, and step until all are done."""
         try:
-            for prompt_index, (ids, wanted) in enumerate(zip(token_ids, params, strict=True)):
-                for index, single in enumerate(wanted.fan_out()):
-                    request_id = str(next(self._ids))
-                    self.engine.add_request(request_id, ids, single)
-                    empty = CompletionOutput(index, "", [], None, None)
-                    collected[request_id] = _Collected(prompt_index, index, empty)
+            additions = self._add(token_ids, params, collected)
+            num_tokens = 0
+            for added in additions:
+                num_tokens += added
+                if num_tokens >= self.engine.config.max_num_batched_tokens:
+                    break
+            # The device computes a full step while the others are queued.
+            chunks = self.engine.step()
+            deque(additions, maxlen=0)
+            yield from chunks
+            while self.engine.has_unfinished:
+                yield from self.engine.step()
         except BaseException:
             self.engine.abort(collected)
             raise
-        return collected
 
-    def _run(self, num_requests: int, show_progress: bool) -> Iterator[tuple[str, TokenChunk]]:
-        with Progress(disable=not show_progress) as progress, frozen_heap():
-            task = progress.add_task("completions", total=num_requests)
-            while self.engine.has_unfinished:
-                for chunk in self.engine.step():
-                    yield chunk.request_id, chunk
-                    if chunk.finish_reason is not None:
-                        progress.advance(task)
-        self.engine.save_traffic()
+    def _add(
+        self, token_ids: list[list[int]], params: Sequence[SamplingParams], collected: dict[str, _Collected]
+    ) -> Iterator[int]:
+        """Queue the completions one by one; yields the length of each one's prompt."""
+        for prompt_index, (ids, wanted) in enumerate(zip(token_ids, params, strict=True)):
+            for index, single in enumerate(wanted.fan_out()):
+                request_id = str(next(self._ids))
+                self.engine.add_request(request_id, ids, single)
+                empty = CompletionOutput(index, "", [], None, None)
+                collected[request_id] = _Collected(prompt_index, index, empty)
+                yield len(ids)
 
     def _outputs(
         self, prompts: Sequence[Prompt], token_ids: list[list[int]], collected: list[_Collected]

@@ -6,6 +6,7 @@ nothing is counted twice. Knows histograms and the library; when there is a mome
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -63,7 +64,8 @@ class SharedHistogramStore:
         if is_due and (self._publishing is None or not self._publishing.is_alive()):
             self._published_at = now
             self._publishing = threading.Thread(target=self._publish, name="publish batch sizes", daemon=True)
-            self._publishing.start()
+            with contextlib.suppress(RuntimeError):  # as Python ends no thread starts: the next process publishes
+                self._publishing.start()
 
     def wait(self) -> None:
         """Until what is being published is there."""
