@@ -20,7 +20,7 @@ from workers.config import EngineConfig
 from workers.engine.heap import frozen_heap
 from workers.engine.start import start_engine
 from workers.errors import InvalidRequestError
-from workers.outputs import CompletionOutput, PositionLogprobs, RequestOutput, TokenChunk
+from workers.outputs import CompletionOutput, RequestOutput, TokenChunk
 from workers.sampling_params import SamplingParams
 from workers.tokenizer.tokenizer import Tokenizer
 
@@ -30,28 +30,25 @@ Prompt = str | Mapping[str, Any]
 
 @dataclasses.dataclass(slots=True)
 class _Collected:
-    """One completion under way."""
+    """One completion under way, and the output that it is a part of."""
 
-    prompt_index: int
-    index: int
-    output: CompletionOutput
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-    num_cached_tokens: int | None = None
+    whole: RequestOutput
+    part: CompletionOutput
 
     def extend(self, chunk: TokenChunk) -> None:
-        output = self.output
-        output.token_ids.extend(chunk.token_ids)
-        output.text += chunk.text
+        whole, part = self.whole, self.part
+        part.token_ids.extend(chunk.token_ids)
+        part.text += chunk.text
         if chunk.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + chunk.logprobs
+            part.logprobs = (part.logprobs or []) + chunk.logprobs
             gained = sum(next(iter(position.values())).logprob for position in chunk.logprobs)
-            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + gained
-        if chunk.prompt_logprobs is not None:
-            self.prompt_logprobs = chunk.prompt_logprobs
-        if chunk.num_cached_tokens is not None:
-            self.num_cached_tokens = chunk.num_cached_tokens
+            part.cumulative_logprob = (part.cumulative_logprob or 0.0) + gained
+        if chunk.prompt_logprobs is not None and part.index == 0:
+            whole.prompt_logprobs = chunk.prompt_logprobs
+        if chunk.num_cached_tokens is not None and part.index == 0:
+            whole.num_cached_tokens = chunk.num_cached_tokens
         if chunk.finish_reason is not None:
-            output.finish_reason, output.stop_reason = chunk.finish_reason.value, chunk.stop_reason
+            part.finish_reason, part.stop_reason = chunk.finish_reason.value, chunk.stop_reason
 
 
 @contextlib.contextmanager
@@ -115,14 +112,14 @@ class LLM:
         """
         prompt_list = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         params = self._spread(sampling_params, len(prompt_list))
-        token_ids = [self._token_ids(prompt) for prompt in prompt_list]
+        outputs: list[RequestOutput] = []
         collected: dict[str, _Collected] = {}
         with frozen_heap(), _progress(sum(single.n for single in params), use_tqdm) as advance:
-            for chunk in self._run(token_ids, params, collected):
+            for chunk in self._run(self._add(prompt_list, params, outputs, collected), collected):
                 collected[chunk.request_id].extend(chunk)
                 if chunk.finish_reason is not None:
                     advance()
-        return self._outputs(prompt_list, token_ids, list(collected.values()))
+        return outputs
 
     def chat(
         self,
@@ -165,18 +162,15 @@ class LLM:
             param="prompts",
         )
 
-    def _run(
-        self, token_ids: list[list[int]], params: Sequence[SamplingParams], collected: dict[str, _Collected]
-    ) -> Iterator[TokenChunk]:
-        """Queue every completion, enter it into ``collected``, and step until all are done."""
+    def _run(self, additions: Iterator[int], collected: Mapping[str, _Collected]) -> Iterator[TokenChunk]:
+        """Step until all that is added is done."""
+        config, num_tokens = self.engine.config, 0
         try:
-            additions = self._add(token_ids, params, collected)
-            num_tokens = 0
-            for added in additions:
-                num_tokens += added
-                if num_tokens >= self.engine.config.max_num_batched_tokens:
+            for num_added in additions:
+                num_tokens += num_added
+                if num_tokens >= config.max_num_batched_tokens or len(collected) >= config.max_num_seqs:
                     break
-            # The device computes a full step while the others are queued.
+            # The device computes a full step while the others are tokenised and queued.
             chunks = self.engine.step()
             deque(additions, maxlen=0)
             yield from chunks
@@ -187,35 +181,22 @@ class LLM:
             raise
 
     def _add(
-        self, token_ids: list[list[int]], params: Sequence[SamplingParams], collected: dict[str, _Collected]
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        outputs: list[RequestOutput],
+        collected: dict[str, _Collected],
     ) -> Iterator[int]:
-        """Queue the completions one by one; yields the length of each one's prompt."""
-        for prompt_index, (ids, wanted) in enumerate(zip(token_ids, params, strict=True)):
+        """Queue every completion, and give it a place in the outputs; yields the length of each one's prompt."""
+        for prompt_index, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
+            ids = self._token_ids(prompt)
+            text = prompt if isinstance(prompt, str) else prompt.get("prompt")
+            whole = RequestOutput(str(prompt_index), text, ids, None, [], finished=True)
+            outputs.append(whole)
             for index, single in enumerate(wanted.fan_out()):
                 request_id = str(next(self._ids))
                 self.engine.add_request(request_id, ids, single)
-                empty = CompletionOutput(index, "", [], None, None)
-                collected[request_id] = _Collected(prompt_index, index, empty)
+                part = CompletionOutput(index, "", [], None, None)
+                whole.outputs.append(part)
+                collected[request_id] = _Collected(whole, part)
                 yield len(ids)
-
-    def _outputs(
-        self, prompts: Sequence[Prompt], token_ids: list[list[int]], collected: list[_Collected]
-    ) -> list[RequestOutput]:
-        parts_of_prompt: list[list[_Collected]] = [[] for _ in prompts]
-        for item in collected:
-            parts_of_prompt[item.prompt_index].append(item)
-        outputs = []
-        for prompt_index, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True)):
-            parts = parts_of_prompt[prompt_index]
-            outputs.append(
-                RequestOutput(
-                    request_id=str(prompt_index),
-                    prompt=prompt if isinstance(prompt, str) else prompt.get("prompt"),
-                    prompt_token_ids=ids,
-                    prompt_logprobs=parts[0].prompt_logprobs,
-                    outputs=[item.output for item in parts],
-                    finished=True,
-                    num_cached_tokens=parts[0].num_cached_tokens,
-                )
-            )
-        return outputs

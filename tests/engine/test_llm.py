@@ -12,6 +12,7 @@ from workers import LLM, SamplingParams
 from workers.checkpoint.cache import artifacts_root
 from workers.checkpoint.convert import convert_gguf
 from workers.errors import ConfigError, InvalidRequestError, ModelError, PromptTooLongError
+from workers.graphs import FileHistogramStore
 from workers.startup.files import read_report
 
 
@@ -124,6 +125,41 @@ def test_a_wrong_request_is_named_and_leaves_nothing_behind(
         llm.generate(["hello", prompt], SamplingParams(**params), use_tqdm=False)
     assert not llm.engine.has_unfinished
     assert len(texts(llm, ["hello"], SamplingParams(temperature=0.0, max_tokens=2))) == 1
+
+
+def test_more_prompts_than_fit_a_step_are_answered_in_order(folder: Path, llm: LLM) -> None:
+    narrow = LLM(str(folder), dtype="float32", device="cpu", max_num_seqs=2, max_num_batched_tokens=8)
+    params = [SamplingParams(temperature=0.0, max_tokens=3, n=1 + index % 2) for index in range(7)]
+    prompts = [{"prompt_token_ids": [index + 1] * (1 + 5 * index)} for index in range(7)]
+    outputs = narrow.generate(prompts, params, use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == [prompt["prompt_token_ids"] for prompt in prompts]
+    assert [len(output.outputs) for output in outputs] == [1, 2] * 3 + [1]
+    assert outputs == llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_a_wrong_prompt_ends_those_that_have_begun(folder: Path) -> None:
+    llm = LLM(str(folder), dtype="float32", device="cpu", max_num_seqs=2)
+    with pytest.raises(InvalidRequestError, match="prompt is empty"):
+        llm.generate(["hello", "you", "there", {"prompt_token_ids": []}], use_tqdm=False)
+    assert llm.engine.stats().num_generated_tokens > 0
+    assert not llm.engine.has_unfinished
+    assert len(texts(llm, ["hello"], SamplingParams(max_tokens=2))) == 1
+
+
+def test_batch_sizes_are_saved_at_the_end_and_not_after_every_call(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WARMGRAPH_ARTIFACTS", str(tmp_path))
+    compilation = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": "auto"}
+    llm = LLM(
+        str(folder), dtype="float32", device="cpu", max_model_len=64, max_num_seqs=4, attention_backend="sdpa",
+        compilation_config=compilation,
+    )  # fmt: skip
+    llm.generate("hello", SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+    assert not list(tmp_path.glob("traffic/batches-*.json"))
+    del llm
+    (saved,) = tmp_path.glob("traffic/batches-*.json")
+    assert FileHistogramStore(saved).load().num_batches == 4
 
 
 def test_options_are_checked(folder: Path) -> None:

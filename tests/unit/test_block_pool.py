@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -252,6 +253,31 @@ def test_running_out_is_the_callers_mistake() -> None:
     allocate(pool, request)
     with pytest.raises(AssertionError, match="no free block"):
         pool.append_block(request)
+
+
+def test_nothing_is_hashed_beyond_the_first_block_that_is_not_cached() -> None:
+    pool = BlockPool(16, BLOCK_SIZE)
+    first = fill(pool, list(range(12)))
+    request = make_request([*range(8), *range(100, 112)])
+    assert pool.get_cached_prefix(request) == first.block_ids[:2]
+    assert request.block_hashes == hash_blocks(request.token_ids[:12], BLOCK_SIZE)
+    assert pool.get_cached_prefix(request) == first.block_ids[:2]
+    pool.name_blocks(request, 4)
+    assert request.block_hashes == hash_blocks(request.token_ids[:16], BLOCK_SIZE)
+
+
+def test_without_a_cache_nothing_is_hashed() -> None:
+    pool = BlockPool(16, BLOCK_SIZE, enable_prefix_caching=False)
+    request = fill(pool, list(range(12)))
+    pool.name_blocks(request, 3)
+    assert request.block_hashes == []
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32, 1.5, "1"])
+def test_token_ids_are_unsigned_integers(wrong: Any) -> None:
+    assert token_array([0, 2**32 - 1]).tolist() == [0, 2**32 - 1]
+    with pytest.raises(struct.error):
+        token_array([1, wrong])
 
 
 def test_hashes_follow_their_definition() -> None:

@@ -8,6 +8,7 @@ Shape suffixes: R rows of a step, F fields, V vocabulary.
 from __future__ import annotations
 
 import enum
+import struct
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,11 @@ class Field(enum.IntEnum):
     SEED_LOW = 9
     SEED_HIGH = 10
     NUM_LOGIT_BIAS = 11
+
+
+#: A row as the host packs it: the fields in order, the seed as one number.
+ROW = struct.Struct("<fi5f2iqi")
+assert ROW.size == 4 * len(Field)
 
 
 class SamplingRows(NamedTuple):

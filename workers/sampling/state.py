@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from workers.sampling.plan import CANDIDATE_BUCKETS, GREEDY_PLAN, LOGPROB_BUCKETS, SamplingPlan, bucket
-from workers.sampling.rows import Field, SamplingRows
+from workers.sampling.rows import ROW, Field, SamplingRows
 from workers.sampling_params import MAX_LOGIT_BIAS, MAX_STOPS, SamplingParams
 
 #: Most stop ids that min_tokens masks: a request's own and the model's end-of-sequence ids.
@@ -116,13 +116,14 @@ class SamplingState:
             self._special[slot] = flags
         bias = params.logit_bias or {}
         penalties = params.needs_penalties
-        self._uploads[slot] = _Upload(
-            stop_ids=np.array(stop_ids if min_tokens else (), dtype=np.int32),
-            bias_ids=np.fromiter(bias.keys(), dtype=np.int32, count=len(bias)),
-            bias_values=np.fromiter(bias.values(), dtype=np.float32, count=len(bias)),
-            prompt_ids=np.array(prompt_token_ids, dtype=np.int32) if penalties else None,
-            output_ids=np.array(output_token_ids, dtype=np.int32) if penalties else None,
-        )
+        if flags.plan.changes_logits:
+            self._uploads[slot] = _Upload(
+                stop_ids=np.array(stop_ids if min_tokens else (), dtype=np.int32),
+                bias_ids=np.fromiter(bias.keys(), dtype=np.int32, count=len(bias)),
+                bias_values=np.fromiter(bias.values(), dtype=np.float32, count=len(bias)),
+                prompt_ids=np.array(prompt_token_ids, dtype=np.int32) if penalties else None,
+                output_ids=np.array(output_token_ids, dtype=np.int32) if penalties else None,
+            )
         self._table_changed = True
 
     def remove(self, slot: int) -> None:
@@ -187,21 +188,22 @@ class SamplingState:
         return self._counts_SV
 
     def _write_row(self, slot: int, params: SamplingParams, min_tokens: int, seed: int) -> None:
-        row = self._host_SF[slot]
-        floats = row.view(np.float32)
         greedy = params.is_greedy
-        row[Field.IS_GREEDY] = greedy
-        floats[Field.TEMPERATURE] = 1.0 if greedy else params.temperature
-        floats[Field.TOP_P] = 1.0 if greedy else params.top_p
-        floats[Field.LOG_MIN_P] = -math.inf if greedy or not params.min_p else math.log(params.min_p)
-        floats[Field.REPETITION_PENALTY] = params.repetition_penalty
-        floats[Field.PRESENCE_PENALTY] = params.presence_penalty
-        floats[Field.FREQUENCY_PENALTY] = params.frequency_penalty
-        row[Field.TOP_K] = self._effective_top_k(params) or self.vocab_size
-        row[Field.MIN_TOKENS] = min_tokens
-        row[Field.NUM_LOGIT_BIAS] = len(params.logit_bias or ())
-        low, high = np.array([seed], dtype=np.int64).view(np.int32)
-        row[Field.SEED_LOW], row[Field.SEED_HIGH] = low, high
+        ROW.pack_into(
+            self._host_SF[slot],
+            0,
+            1.0 if greedy else params.temperature,
+            greedy,
+            1.0 if greedy else params.top_p,
+            -math.inf if greedy or not params.min_p else math.log(params.min_p),
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            self._effective_top_k(params) or self.vocab_size,
+            min_tokens,
+            seed,
+            len(params.logit_bias or ()),
+        )
 
     def _union(self, slots: list[int]) -> SamplingPlan:
         wanted = [self._special[slot] for slot in slots if slot in self._special]

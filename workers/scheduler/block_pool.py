@@ -14,8 +14,11 @@ there, and whatever reads the padding reads finite memory that belongs to nobody
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from workers.request import Request
 from workers.scheduler.block_hash import extend_block_hashes, new_block_hashes
@@ -47,7 +50,7 @@ class BlockPool:
         #: Tokens looked up in, and found in, the prefix cache. Recomputation after preemption does not count.
         self.num_query_tokens = 0
         self.num_hit_tokens = 0
-        self._ref_counts = [0] * num_blocks
+        self._ref_counts = array("I", bytes(4 * num_blocks))
         self._ref_counts[NULL_BLOCK] = 1
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -125,9 +128,15 @@ class BlockPool:
     def free(self, request: Request) -> None:
         """Take back all of the request's blocks; cached content stays until they are handed out again."""
         block_ids, request.block_ids = request.block_ids, []
+        ref_counts, hash_of = self._ref_counts, self._hash_of
         # Last block first, so that the least shareable end of the sequence is evicted first.
         for block_id in reversed(block_ids):
-            self._release(block_id)
+            count = ref_counts[block_id] - 1
+            assert count >= 0, f"block {block_id} was freed twice"
+            ref_counts[block_id] = count
+            if count == 0:
+                place = self._free_empty if hash_of[block_id] is None else self._free_cached
+                place[block_id] = None
 
     def name_blocks(self, request: Request, stop: int) -> None:
         """Hash blocks up to ``stop - 1`` of the request, so that :meth:`register` need not."""
@@ -142,13 +151,13 @@ class BlockPool:
         if not self.enable_prefix_caching:
             return
         self.name_blocks(request, stop)
-        named = zip(request.block_ids[start:stop], request.block_hashes[start:stop], strict=True)
-        for block_id, block_hash in named:
-            assert self._hash_of[block_id] is None, f"block {block_id} was written while it was cached"
-            if self._block_of.setdefault(block_hash, block_id) == block_id:
-                self._hash_of[block_id] = block_hash
-                if self.journal is not None:
-                    self.journal.add(block_hash)
+        block_of, hash_of, journal = self._block_of, self._hash_of, self.journal
+        for block_id, block_hash in zip(request.block_ids[start:stop], request.block_hashes[start:stop], strict=True):
+            assert hash_of[block_id] is None, f"block {block_id} was written while it was cached"
+            if block_of.setdefault(block_hash, block_id) == block_id:
+                hash_of[block_id] = block_hash
+                if journal is not None:
+                    journal.add(block_hash)
 
     def check_integrity(self, live_requests: Iterable[Request]) -> None:
         """Account for every block: held as often as counted, or free once.
@@ -170,7 +179,7 @@ class BlockPool:
                 yield f"block {block_id} has {count} holders but a count of {self._ref_counts[block_id]}"
             if block_id in self._free_empty or block_id in self._free_cached:
                 yield f"block {block_id} is held and free"
-        num_counted = self.num_usable_blocks - self._ref_counts.count(0)
+        num_counted = int(np.count_nonzero(np.frombuffer(self._ref_counts, np.uint32))) - 1
         if num_counted != len(held):
             yield f"{num_counted} blocks are counted as held, {len(held)} are"
         if self.num_free_blocks + len(held) != self.num_usable_blocks:
@@ -206,14 +215,3 @@ class BlockPool:
         if self.journal is not None:
             self.journal.remove(block_hash)
         return block_id
-
-    def _release(self, block_id: int) -> None:
-        count = self._ref_counts[block_id] - 1
-        assert count >= 0, f"block {block_id} was freed twice"
-        self._ref_counts[block_id] = count
-        if count > 0:
-            return
-        if self._hash_of[block_id] is None:
-            self._free_empty[block_id] = None
-        else:
-            self._free_cached[block_id] = None
