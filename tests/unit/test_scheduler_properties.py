@@ -217,6 +217,8 @@ class Simulation:
         output = self.scheduler.schedule()
         if output is not None:
             self.in_flight.append((output, self.runner.launch(output)))
+            if output.step % 2:
+                self.scheduler.name_blocks(output)
 
     def update(self) -> None:
         if self.in_flight:

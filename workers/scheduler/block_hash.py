@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 from workers.request import token_array
@@ -29,8 +30,6 @@ def new_block_hashes(hashes: list[bytes], token_ids: array[int], block_size: int
     not mix either.
     """
     start, stop = len(hashes) * block_size, num_blocks * block_size
-    if start >= stop:
-        return
     assert stop <= len(token_ids), "a block can be named only when all its tokens are known"
     ids = token_ids[start:stop]
     if sys.byteorder == "big":
@@ -45,8 +44,8 @@ def new_block_hashes(hashes: list[bytes], token_ids: array[int], block_size: int
 
 def extend_block_hashes(hashes: list[bytes], token_ids: array[int], block_size: int, num_blocks: int) -> None:
     """Append to ``hashes`` until it names the first ``num_blocks`` full blocks of ``token_ids``."""
-    for _ in new_block_hashes(hashes, token_ids, block_size, num_blocks):
-        pass
+    if len(hashes) < num_blocks:
+        deque(new_block_hashes(hashes, token_ids, block_size, num_blocks), maxlen=0)
 
 
 def hash_blocks(token_ids: Sequence[int], block_size: int) -> list[bytes]:

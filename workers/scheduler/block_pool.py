@@ -116,14 +116,14 @@ class BlockPool:
             if self._ref_counts[block_id] == 0:
                 del self._free_cached[block_id]
             self._ref_counts[block_id] += 1
-        request.block_ids = [*cached_prefix, *self._take(num_new)]
+        request.block_ids = [*cached_prefix, *(self._take() for _ in range(num_new))]
         if request.num_preemptions == 0 and self._reads_cache(request):
             self.num_query_tokens += request.num_tokens
             self.num_hit_tokens += len(cached_prefix) * self.block_size
 
     def append_block(self, request: Request) -> None:
         """Give the request one more block; the caller has seen that one is free."""
-        request.block_ids += self._take(1)
+        request.block_ids.append(self._take())
 
     def free(self, request: Request) -> None:
         """Take back all of the request's blocks; cached content stays until they are handed out again."""
@@ -150,14 +150,14 @@ class BlockPool:
         """
         if not self.enable_prefix_caching:
             return
-        self.name_blocks(request, stop)
-        block_of, hash_of, journal = self._block_of, self._hash_of, self.journal
-        for block_id, block_hash in zip(request.block_ids[start:stop], request.block_hashes[start:stop], strict=True):
-            assert hash_of[block_id] is None, f"block {block_id} was written while it was cached"
-            if block_of.setdefault(block_hash, block_id) == block_id:
-                hash_of[block_id] = block_hash
-                if journal is not None:
-                    journal.add(block_hash)
+        extend_block_hashes(request.block_hashes, request.token_ids, self.block_size, stop)
+        for index in range(start, stop):
+            block_id, block_hash = request.block_ids[index], request.block_hashes[index]
+            assert self._hash_of[block_id] is None, f"block {block_id} was written while it was cached"
+            if self._block_of.setdefault(block_hash, block_id) == block_id:
+                self._hash_of[block_id] = block_hash
+                if self.journal is not None:
+                    self.journal.add(block_hash)
 
     def check_integrity(self, live_requests: Iterable[Request]) -> None:
         """Account for every block: held as often as counted, or free once.
@@ -195,23 +195,18 @@ class BlockPool:
         # Logprobs of prompt tokens need the forward pass that a cache hit would skip.
         return self.enable_prefix_caching and request.params.prompt_logprobs is None
 
-    def _take(self, count: int) -> list[int]:
-        """Free blocks, now with one reference each: empty ones, then the least recently used cached ones."""
-        take_empty = self._free_empty.popitem
-        num_empty = min(count, len(self._free_empty))
-        block_ids = [take_empty()[0] for _ in range(num_empty)]
-        block_ids += [self._evict() for _ in range(count - num_empty)]
-        for block_id in block_ids:
-            self._ref_counts[block_id] = 1
-        return block_ids
-
-    def _evict(self) -> int:
-        assert self._free_cached, "no free block; the caller checks num_free_blocks first"
-        block_id, _ = self._free_cached.popitem(last=False)
-        block_hash = self._hash_of[block_id]
-        assert block_hash is not None
-        del self._block_of[block_hash]
-        self._hash_of[block_id] = None
-        if self.journal is not None:
-            self.journal.remove(block_hash)
+    def _take(self) -> int:
+        """A free block, now with one reference: an empty one, else the least recently used cached one."""
+        if self._free_empty:
+            block_id, _ = self._free_empty.popitem()
+        else:
+            assert self._free_cached, "no free block; the caller checks num_free_blocks first"
+            block_id, _ = self._free_cached.popitem(last=False)
+            block_hash = self._hash_of[block_id]
+            assert block_hash is not None
+            del self._block_of[block_hash]
+            self._hash_of[block_id] = None
+            if self.journal is not None:
+                self.journal.remove(block_hash)
+        self._ref_counts[block_id] = 1
         return block_id
