@@ -150,6 +150,7 @@ def test_a_second_start_captures_the_sizes_that_the_first_one_saw(
     params = SamplingParams(temperature=0.0, max_tokens=34, ignore_eos=True)
     for _ in range(4):
         expected = first.generate(prompts, params, use_tqdm=False)
+    del first  # saves what it has seen
     second = make_llm(**compilation)
     report = second.engine.graph_report()
     assert report.capture_sizes == [3, 8, 16]
