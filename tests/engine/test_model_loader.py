@@ -211,10 +211,16 @@ import sys
 from pathlib import Path
 import torch
 import workers.engine.engine
+from workers.attention.sdpa import SdpaPagedAttention
+from workers.graphs.context import ForwardContext, set_forward_context
 from workers.model.config import ModelConfig
 from workers.model.loader import load_model
-folder = Path(sys.argv[1])
-load_model(folder, ModelConfig.from_folder(folder), torch.float32, torch.device("cpu"))
+folder, cpu = Path(sys.argv[1]), torch.device("cpu")
+with torch.inference_mode():
+    model = load_model(folder, ModelConfig.from_folder(folder), torch.float32, cpu)
+    attention = SdpaPagedAttention(model.attention_spec(16), cpu)
+    with set_forward_context(ForwardContext(attention, None, ())):
+        model(torch.zeros(4, dtype=torch.int64), torch.arange(4))
 assert not {"sympy", "transformers", "torch._dynamo", "torch._inductor"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint("llama"))], check=True)

@@ -174,8 +174,10 @@ class DecoderModel(nn.Module):
 
     def forward(self, input_ids_T: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
         """Token ids and positions, int64 ``[T]`` each, to the last norm's output ``[T, E]``."""
-        # Tells the tracer that both have the same length; without it each gets a symbol of its own.
-        torch._check(positions_T.shape[0] == input_ids_T.shape[0])  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
+            # Tells the tracer that both have the same length; without it each gets a symbol of its own. Nowhere else,
+            # since it imports sympy, most of a second of a start.
+            torch._check(positions_T.shape[0] == input_ids_T.shape[0])  # type: ignore[no-untyped-call]
         hidden_TE = self.embed_tokens.rows(input_ids_T)
         residual_TE: torch.Tensor | None = None
         for layer in self.layers:
