@@ -196,7 +196,7 @@ def hopper_prefill_kernel(
         positions, cos_sin_ptr, q_norm_ptr, HEAD_DIM, ROPE, NORM_EPS, half_rows,
     )  # fmt: skip
     q_smem = gl.allocate_shared_memory(dtype, [BLOCK_M, HEAD_DIM], q_layout, q)
-    # The matrix unit must see what was stored; without this, it read what another kernel had left there.
+    # The matrix unit reads through another path than stores take.
     fence_async_shared()
 
     query_positions = context + first + gl.arange(0, BLOCK_M, score_rows) // GROUP
