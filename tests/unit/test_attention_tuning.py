@@ -1,11 +1,19 @@
-"""The decode grid: fills the device where the batch does not, within its workspace, from shapes alone."""
+"""The decode grid fills the device where the batch does not, within its workspace; which prefill kernel is for whom."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.attention.triton_kernels.tuning import SplitPolicy, plan_splits
+from workers.attention.triton_kernels.tuning import (
+    SplitPolicy,
+    default_prefill_tile,
+    has_hopper_prefill,
+    plan_splits,
+)
 
 policies = st.builds(
     SplitPolicy,
@@ -46,3 +54,31 @@ def test_a_lone_request_is_spread_evenly_over_the_device() -> None:
 
 def test_short_contexts_are_not_cut_below_the_least_chunk() -> None:
     assert plan_splits(1, 8, 256, 132, SplitPolicy(min_chunk=128)).num_splits == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"head_dim": 64}, True),
+        ({"capability": (8, 9)}, False),
+        ({"capability": (10, 0)}, False),
+        ({"triton_release": "3.7.1"}, False),
+        ({"head_dim": 96}, False),
+        ({"head_dim": 256}, False),
+        ({"sliding_window": 1024}, False),
+    ],
+)
+def test_the_hopper_kernel_is_for_what_it_was_tried_with(change: dict[str, Any], expected: bool) -> None:
+    asked: dict[str, Any] = {
+        "capability": (9, 0), "triton_release": "3.6.0", "head_dim": 128, "sliding_window": None,
+    }  # fmt: skip
+    assert has_hopper_prefill(**(asked | change)) is expected
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_two_hopper_programs_fit_a_multiprocessor(head_dim: int) -> None:
+    tile = default_prefill_tile(head_dim, hopper=True)
+    assert tile.hopper
+    rows = tile.block_m + 2 * tile.num_stages * tile.block_n
+    assert 2 * (rows * head_dim * 2 + 1024) <= 228 * 1024
