@@ -77,7 +77,7 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         self.engine = start_engine(EngineConfig.create(model=model, **options))
         self._ids = itertools.count()
-        # While steps run, these are saved now and then; at the end comes what is left.
+        # Batch sizes are saved now and then while steps run; this saves what is left.
         weakref.finalize(self, self.engine.save_traffic)
 
     def get_tokenizer(self) -> Tokenizer:

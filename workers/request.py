@@ -30,6 +30,7 @@ def token_array(token_ids: Sequence[int]) -> array[int]:
 
     Raises:
         struct.error: One of them is no integer, or out of range.
+        TypeError: One of them can be an index, but is not: an array of several numbers.
     """
     # The array's own constructor takes three times as long.
     return array("I", struct.pack(f"{len(token_ids)}I", *token_ids))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.model_fixtures import write_tiny_gguf
@@ -114,6 +115,7 @@ def test_max_tokens_of_none_goes_to_the_end_of_the_context(llm: LLM) -> None:
         ({"prompt_token_ids": [-1]}, {}, InvalidRequestError, "must be integers between 0 and"),
         ({"prompt_token_ids": [2**32]}, {}, InvalidRequestError, "must be integers between 0 and"),
         ({"prompt_token_ids": [1.5]}, {}, InvalidRequestError, "must be integers between 0 and"),
+        ({"prompt_token_ids": np.array([[1, 2]])}, {}, InvalidRequestError, "must be integers between 0 and"),
         ({"text": "x"}, {}, InvalidRequestError, r"got the keys \['text'\]"),
         ("hello", {"logit_bias": {99999: 1.0}}, InvalidRequestError, "logit_bias holds token id 99999"),
     ],

@@ -258,7 +258,7 @@ class Engine:
         try:
             token_ids = token_array(prompt_token_ids)
             is_known = np.frombuffer(token_ids, np.uint32).max() < vocab_size
-        except struct.error:
+        except (struct.error, TypeError):
             is_known = False
         if not is_known:
             raise InvalidRequestError(
