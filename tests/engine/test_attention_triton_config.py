@@ -1,15 +1,17 @@
-"""What the Triton backend refuses, before any kernel is made; runs without triton."""
+"""What the Triton backend refuses, and whose release it goes by, before any kernel is made; runs without triton."""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 from typing import Any
 
 import pytest
 import torch
 
 from workers.attention.base import AttentionSpec
-from workers.attention.triton_paged import TritonPagedAttention
+from workers.attention.triton_paged import TritonPagedAttention, _default_prefill_tile
 from workers.errors import ConfigError
 
 
@@ -35,3 +37,15 @@ def test_unsupported_models_are_refused(monkeypatch: pytest.MonkeyPatch, options
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ConfigError, match=message):
         make_backend(**options)
+
+
+@pytest.mark.parametrize(
+    ("device", "release", "is_hopper"), [("cuda", "3.6.0", True), ("cuda", "3.7.0", False), ("cpu", "3.6.0", False)]
+)
+def test_the_release_is_of_the_triton_that_runs_whatever_its_distribution_is_called(
+    monkeypatch: pytest.MonkeyPatch, device: str, release: str, is_hopper: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=release))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    spec = AttentionSpec(4, 2, 128, 1.0, 16, torch.bfloat16)
+    assert _default_prefill_tile(spec, torch.device(device)).hopper is is_hopper

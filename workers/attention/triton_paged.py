@@ -11,7 +11,6 @@ making a backend does not.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 from typing import ClassVar
 
@@ -243,8 +242,11 @@ def _default_prefill_tile(spec: AttentionSpec, device: torch.device) -> PrefillT
     """The fastest kernel that the device, Triton's release and the model allow."""
     if device.type != "cuda":
         return default_prefill_tile(spec.head_dim)
-    capability, release = torch.cuda.get_device_capability(device), importlib.metadata.version("triton")
-    is_hopper = has_hopper_prefill(capability, release, spec.head_dim, spec.sliding_window)
+    # The module's own word: its distribution has had several names.
+    import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    capability = torch.cuda.get_device_capability(device)
+    is_hopper = has_hopper_prefill(capability, triton.__version__, spec.head_dim, spec.sliding_window)
     return default_prefill_tile(spec.head_dim, hopper=is_hopper)
 
 
