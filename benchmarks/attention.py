@@ -32,6 +32,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
+import triton
 from triton.errors import TritonError
 
 from workers.attention.base import AttentionSpec, BatchGeometry, Rope
@@ -42,6 +43,7 @@ from workers.attention.triton_kernels.tuning import (
     SplitPlan,
     default_decode_tile,
     default_prefill_tile,
+    has_hopper_prefill,
 )
 from workers.attention.triton_paged import TritonPagedAttention
 
@@ -77,8 +79,13 @@ PREFILL_TILES: dict[str, list[tuple[int, int, int, int]]] = {
     "8b": [(64, 64, 4, 3), (128, 32, 8, 4), (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
     "d256": [(64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
 }
+#: Of the kernel for Hopper.
+HOPPER_TILES: dict[str, list[tuple[int, int, int, int]]] = {
+    "1b": [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2), (64, 32, 4, 2)],
+    "8b": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 2)],
+}
 #: (requests, new tokens each, cached tokens each)
-PREFILLS = ((1, 8192, 0), (8, 1024, 0), (64, 128, 0), (1, 128, 0), (4, 512, 7680))
+PREFILLS = ((1, 8192, 0), (8, 1024, 0), (1, 1024, 0), (1, 512, 0), (64, 128, 0), (1, 128, 0), (4, 512, 7680))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +107,20 @@ def variant(
     shape: str, block_size: int = 16, decode: DecodeTile | None = None, prefill: PrefillTile | None = None
 ) -> Variant:
     head_dim = SHAPES[shape][2]
-    return Variant(
-        shape, block_size, decode or default_decode_tile(head_dim), prefill or default_prefill_tile(head_dim)
+    if prefill is None:
+        is_hopper = has_hopper_prefill(compute_capability(), triton.__version__, head_dim, None)
+        prefill = default_prefill_tile(head_dim, hopper=is_hopper)
+    return Variant(shape, block_size, decode or default_decode_tile(head_dim), prefill)
+
+
+@functools.cache
+def compute_capability() -> tuple[int, int]:
+    """Of the first device, without initialising CUDA."""
+    answer = subprocess.run(
+        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=True
     )
+    major, minor = map(int, answer.stdout.split()[0].split("."))
+    return major, minor
 
 
 # ---------------------------------------------------------------------------------------- compiling ahead
@@ -128,8 +146,6 @@ class _OfflineDriver:
 
 def compile_job(job: tuple[Variant, tuple[str, ...], int]) -> None:
     """In a child: put a variant's kernels into Triton's disk cache."""
-    import triton
-
     from workers.attention.triton_kernels.kernel_set import RopeKind
     from workers.attention.triton_kernels.rope import ROTATE
 
@@ -146,13 +162,10 @@ def compile_job(job: tuple[Variant, tuple[str, ...], int]) -> None:
 def compile_ahead(jobs: dict[tuple[Variant, tuple[str, ...]], None]) -> float:
     """Fork before CUDA is initialised; returns seconds."""
     start = time.perf_counter()
-    answer = subprocess.run(
-        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, check=True
-    )
-    capability = int(answer.stdout.split()[0].replace(".", ""))
+    major, minor = compute_capability()
     workers = max(1, min(14, (os.cpu_count() or 2) - 1))
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        pool.map(compile_job, [(*job, capability) for job in jobs], chunksize=1)
+        pool.map(compile_job, [(*job, 10 * major + minor) for job in jobs], chunksize=1)
     return time.perf_counter() - start
 
 
@@ -179,9 +192,11 @@ def overlap_variants() -> list[Variant]:
 
 
 def prefill_variants() -> list[Variant]:
-    return [
-        variant(s, b, prefill=PrefillTile(*t)) for s in ("1b", "8b", "d256") for b in (16, 64) for t in PREFILL_TILES[s]
-    ]
+    tiles = {s: [PrefillTile(*t) for t in PREFILL_TILES[s]] for s in ("1b", "8b", "d256")}
+    for shape, hopper in HOPPER_TILES.items():
+        if has_hopper_prefill(compute_capability(), triton.__version__, SHAPES[shape][2], None):
+            tiles[shape] += [PrefillTile(*t, hopper=True) for t in hopper]
+    return [variant(s, b, prefill=tile) for s in tiles for b in (16, 64) for tile in tiles[s]]
 
 
 def default_variants() -> list[Variant]:
@@ -312,7 +327,8 @@ def run_decode(
 
 def tile_name(tile: DecodeTile | PrefillTile) -> str:
     if isinstance(tile, PrefillTile):
-        return "x".join(map(str, dataclasses.astuple(tile)))
+        size = "x".join(map(str, (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)))
+        return f"hopper {size}" if tile.hopper else size
     return f"{tile.block_n}x{tile.num_warps}x{tile.num_stages}r{tile.max_registers}"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.paged_attention_cases import PagedCase, check_rope, make_case, make_geometry, run_case, split_heads
 from workers.attention.base import AttentionSpec
-from workers.attention.triton_kernels.tuning import DecodeTile, SplitPolicy
+from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPolicy, default_prefill_tile
 from workers.attention.triton_paged import TritonPagedAttention
 
 pytestmark = [
@@ -56,11 +56,14 @@ POLICIES: dict[str, tuple[SplitPolicy, DecodeTile | None]] = {
 
 
 def make_backend(
-    shape: str, splits: SplitPolicy | None = None, decode_tile: DecodeTile | None = None
+    shape: str,
+    splits: SplitPolicy | None = None,
+    decode_tile: DecodeTile | None = None,
+    prefill_tile: PrefillTile | None = None,
 ) -> TritonPagedAttention:
     heads, kv_heads, head_dim, block_size, dtype, window = SHAPES[shape]
     spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, block_size, dtype, window)
-    return TritonPagedAttention(spec, CUDA, splits=splits, decode_tile=decode_tile)
+    return TritonPagedAttention(spec, CUDA, splits=splits, decode_tile=decode_tile, prefill_tile=prefill_tile)
 
 
 class Backends(dict[str, TritonPagedAttention]):
@@ -173,6 +176,15 @@ def test_heads_rotated_on_the_way(backends: Backends, shape: str, has_norms: boo
     backend = backends[shape]
     check_rope(backend, [1, 2, 300, 1025, 64], [1] * 5, has_norms=has_norms, padded_reqs=8, padded_tokens=8)
     check_rope(backend, [700, 1, 300, 33], [300, 1, 1, 33], has_norms=has_norms, padded_reqs=6, padded_tokens=350)
+
+
+@pytest.mark.parametrize("shape", ["llama-1b", "llama-8b"])
+def test_the_prefill_kernel_of_other_devices(shape: str) -> None:
+    backend = make_backend(shape, prefill_tile=default_prefill_tile(SHAPES[shape][2]))
+    rng = np.random.default_rng(3)
+    for num_reqs in (1, 7):
+        check(backend, *random_batch(rng, num_reqs, 1500))
+    check_rope(backend, [700, 1, 300, 33], [300, 1, 1, 33], has_norms=False, padded_reqs=6, padded_tokens=350)
 
 
 def test_nothing_compiles_after_warmup(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,10 +62,10 @@ class SharedHistogramStore:
         now = time.monotonic()
         is_due = self._published_at is None or now - self._published_at >= PUBLISH_PERIOD_S
         if is_due and (self._publishing is None or not self._publishing.is_alive()):
-            self._published_at = now
-            self._publishing = threading.Thread(target=self._publish, name="publish batch sizes", daemon=True)
-            with contextlib.suppress(RuntimeError):  # as Python ends no thread starts: the next process publishes
-                self._publishing.start()
+            thread = threading.Thread(target=self._publish, name="publish batch sizes", daemon=True)
+            with contextlib.suppress(RuntimeError):  # as Python ends no thread starts: a longer process publishes
+                thread.start()
+                self._published_at, self._publishing = now, thread
 
     def wait(self) -> None:
         """Until what is being published is there."""
