@@ -45,11 +45,16 @@ async def test_a_killed_replicas_streams_go_on_elsewhere() -> None:
     cluster = FakeCluster(round_robin)
     first, second = [await cluster.start_replica() for _ in range(2)]
     requests = [make_request(f"request {i}") for i in range(8)]
-    tasks = [asyncio.create_task(collect(cluster, request)) for request in requests]
-    await until(lambda: len(first.running) == 4 and all(position > 10 for *_, position in first.running.values()))
+    arrived: dict[str, list[TokenChunk]] = {request.request_id: [] for request in requests}
+    tasks = [
+        asyncio.create_task(cluster.fleet.generate(request, arrived[request.request_id].extend)) for request in requests
+    ]
+    # What the replica made and nobody got yet dies with it.
+    await until(lambda: len(first.running) == 4 and all(len(tokens_of(arrived[name])) > 10 for name in first.running))
     first.die()
-    for request, task in zip(requests, tasks, strict=True):
-        assert_is_undisturbed(request, await task)
+    await asyncio.gather(*tasks)
+    for request in requests:
+        assert_is_undisturbed(request, arrived[request.request_id])
     resumed = [request for request in second.received if request.attempt]
     assert len(resumed) == 4
     assert all(len(request.resume_token_ids) > 10 for request in resumed)
