@@ -103,14 +103,16 @@ def test_status_and_its_command_show_every_replica(deployment: Deployment) -> No
     request = {"model": MODEL, "prompt": "hello", "max_tokens": 4}
     httpx.post(f"{deployment.url}/v1/completions", json=request, timeout=60).raise_for_status()
     models = httpx.get(f"{deployment.url}/status", timeout=60).json()["models"]
-    num_replicas = sum(len(model["replicas"]) for model in models.values())
     replicas = models[MODEL]["replicas"]
     assert len(replicas) == 2
     assert sum(replica["graphs"]["batches"].get("NONE", 0) for replica in replicas.values()) > 0
+    # Replicas of the other models come and go with their traffic, so each output is held against itself.
     started = CliRunner().invoke(startup_command, ["show", "--url", deployment.url]).output
-    assert started.count("weights") == started.count("ready after") == num_replicas
+    assert started.count("weights") == started.count("ready after") >= 2
     output = CliRunner().invoke(graphs_command, ["show", "--url", deployment.url]).output
-    assert output.count("mode NONE, host backend") == num_replicas
+    for name in replicas:
+        assert started.count(f"{MODEL}, {name}, ") == 1
+        assert output.count(f"{MODEL}, {name}: mode NONE, host backend") == 1
     assert "graphs are off" in output
 
 
