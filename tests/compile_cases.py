@@ -17,7 +17,7 @@ from workers.artifacts.library import ArtifactLibrary
 from workers.attention.sdpa import SdpaPagedAttention
 from workers.compile import support_torch_compile
 from workers.compile.model import ATTENTION_OPS, CompiledModel, compile_model
-from workers.compile.stitch import WrapPiece
+from workers.compile.stitch import KeepRows, WrapPiece
 from workers.config import CompilationConfig
 from workers.kernels import cpu_ops, linear, reference
 from workers.model import decoder
@@ -213,7 +213,12 @@ def mixing_inputs(num_tokens: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 def compile_mixing(
-    model: MixingModel, *, library: ArtifactLibrary | None = None, wrap_piece: WrapPiece | None = None, **config: Any
+    model: MixingModel,
+    *,
+    library: ArtifactLibrary | None = None,
+    wrap_piece: WrapPiece | None = None,
+    keep_rows: KeepRows | None = None,
+    **config: Any,
 ) -> CompiledModel:
     """Compile the small model; runs pieces as they are unless the config says otherwise."""
     return compile_model(
@@ -223,4 +228,5 @@ def compile_mixing(
         splitting_ops=MIXING_OPS,
         library=library,
         wrap_piece=wrap_piece,
+        keep_rows=keep_rows,
     )

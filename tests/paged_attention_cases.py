@@ -43,12 +43,19 @@ class PagedCase:
     def check(self) -> None:
         """Assert that the output, its padding rows and the cache are right."""
         assert self.out_THD.isfinite().all(), "a row of the output was not written, or is not finite"
-        actual = self.out_THD[: self.expected_THD.shape[0]].double()
-        if actual.numel():
+        self._check(self.out_THD[: self.expected_THD.shape[0]], self.expected_THD)
+
+    def check_last_rows(self) -> None:
+        """The same of each request's last token alone."""
+        rows_R = self.geometry.last_rows()
+        self._check(self.out_THD[rows_R], self.expected_THD[rows_R])
+
+    def _check(self, actual_NHD: torch.Tensor, expected_NHD: torch.Tensor) -> None:
+        if actual_NHD.numel():
             overall, of_one_head = TOLERANCE[self.out_THD.dtype]
-            error = actual - self.expected_THD
-            assert error.norm() <= overall * self.expected_THD.norm()
-            assert (error.norm(dim=-1) <= of_one_head * self.expected_THD.norm(dim=-1)).all()
+            error = actual_NHD.double() - expected_NHD
+            assert error.norm() <= overall * expected_NHD.norm()
+            assert (error.norm(dim=-1) <= of_one_head * expected_NHD.norm(dim=-1)).all()
         # As bit patterns, so that NaN equals itself.
         cells, expected = self.kv_cache.view(torch.int16), self.expected_cache.view(torch.int16)
         assert torch.equal(cells, expected), "a cell was not written, or one that is not this step's was"
@@ -161,6 +168,12 @@ def split_heads(qkv: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, t
 def run_case(backend: AttentionBackend, case: PagedCase) -> None:
     """One step of one layer."""
     metadata = backend.build_metadata(case.geometry)
+    backend.forward(case.q_THD, case.k_TKD, case.v_TKD, case.kv_cache, metadata, case.out_THD)
+
+
+def run_last_rows(backend: AttentionBackend, case: PagedCase) -> None:
+    """:func:`run_case` of a layer of which each request's last token is enough."""
+    metadata = backend.for_last_rows(backend.build_metadata(case.geometry))
     backend.forward(case.q_THD, case.k_TKD, case.v_TKD, case.kv_cache, metadata, case.out_THD)
 
 

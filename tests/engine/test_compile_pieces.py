@@ -43,6 +43,7 @@ from workers.compile.plan import OpStep, PieceStep
 from workers.compile.stitch import source
 from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
+from workers.graphs.context import ForwardContext, set_forward_context
 
 # Inductor's own imports use what PyTorch has deprecated.
 pytestmark = [
@@ -102,6 +103,39 @@ def test_stitched_pieces_give_the_models_result(num_tokens: int) -> None:
     compiled = compile_mixing(model, compile_sizes=[4])
     x_TE = mixing_inputs(num_tokens, seed=num_tokens)
     torch.testing.assert_close(compiled(x_TE), model(x_TE), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 4, 7])
+def test_chosen_rows_go_on_behind_the_last_split_op(num_tokens: int) -> None:
+    """With pieces of every size; those compiled for 4 tokens cannot take fewer."""
+    num_rows: list[list[int]] = []
+
+    def keep(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        num_rows.append([len(tensor) for tensor in tensors])
+        return [tensor[-1:] for tensor in tensors]
+
+    model = MixingModel(3)
+    compiled = compile_mixing(model, compile_sizes=[4], keep_rows=keep)
+    x_TE = mixing_inputs(num_tokens)
+    keeps = num_tokens != 4
+    torch.testing.assert_close(compiled(x_TE), model(x_TE)[-1:] if keeps else model(x_TE), atol=0, rtol=0)
+    assert num_rows == ([[num_tokens, num_tokens]] if keeps else [])
+
+
+def test_all_rows_go_on_where_there_is_no_split_op() -> None:
+    def keep(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        raise AssertionError("a piece that reads other rows than its own must have them all")
+
+    model = tiny_decoder("llama")
+    whole = compile_model(
+        model,
+        CONFIG,
+        {"input_ids_T": torch.arange(4), "positions_T": torch.arange(4)},
+        splitting_ops=("test_compile::mix",),
+        keep_rows=keep,
+    )
+    with set_forward_context(ForwardContext(None, None, ())):
+        assert len(whole(torch.arange(5), torch.arange(5))) == 5
 
 
 def test_each_piece_call_is_wrapped_in_order() -> None:

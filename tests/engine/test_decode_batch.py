@@ -52,7 +52,7 @@ def test_unpacked_steps_equal_steps_laid_out_by_the_host(seed: int) -> None:
         output = SchedulerOutput(step, scheduled, len(scheduled))
         num_rows = rng.randint(len(live), MAX_SEQS)
         expected = host.prepare(output, seated, num_rows, num_rows)
-        num_output_R = host.prepare_sampling(output, seated, expected.geometry).num_output_R
+        num_output_R = host.prepare_sampling(output, seated).num_output_R
         input_ids, positions = expected.input_ids_T.clone(), expected.positions_T.clone()
         actual, buffers = decode.prepare(output, seated, num_rows), decode.buffers
         geometry, wanted = actual.geometry, expected.geometry

@@ -61,12 +61,12 @@ def test_every_token_has_its_id_position_and_slot(seed: int) -> None:
     ends = [sum(share.num_tokens for share in shares[: row + 1]) for row in range(count)]
     assert geometry.query_start_loc.tolist() == [0, *ends] + [ends[-1]] * (MAX_SEQS - count)
 
-    rows = batch.prepare_sampling(output, seats, geometry)
+    rows = batch.prepare_sampling(output, seats)
     sampled = [row for row, share in enumerate(shares) if share.samples]
     assert rows.requests == [shares[row].request for row in sampled]
     assert rows.slots == rows.slots_R.tolist() == [seats[row] for row in sampled]
-    last_rows = [ends[row] - 1 for row in sampled]
-    assert (list(range(len(sampled))) if rows.last_rows_R is None else rows.last_rows_R.tolist()) == last_rows
+    assert (list(range(count)) if rows.rows_R is None else rows.rows_R.tolist()) == sampled
+    assert geometry.last_rows().tolist() == [end - 1 for end in ends]
     assert rows.num_output_R.tolist() == [
         shares[row].num_computed_tokens + shares[row].num_tokens - shares[row].request.num_prompt_tokens
         for row in sampled

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.paged_attention_cases import check_rope, make_case, run_case
+from tests.paged_attention_cases import check_rope, make_case, run_case, run_last_rows
 from workers.attention.base import AttentionSpec
 from workers.attention.triton_kernels import kernel_set
 from workers.attention.triton_kernels.chunks import find_overflow, overflow_before, overflow_work
@@ -143,6 +143,16 @@ def test_long_decodes_overflow_inside_a_mixed_batch() -> None:
 def test_chunked_prefill_reads_cached_context() -> None:
     backend = make_backend(2, 1, block_m=16)
     check(backend, [64, 41, 17, 16], [20, 33, 2, 15])
+
+
+def test_the_last_rows_alone() -> None:
+    """Of prompts only the tile with the last token: 8 queries here, of 33, 16 and 2."""
+    backend = make_backend(4, 1, block_m=32)
+    case = make_case(backend, [41, 1, 16, 9, 20], [33, 1, 16, 2, 1], padded_reqs=7, padded_tokens=60)
+    run_last_rows(backend, case)
+    case.check_last_rows()
+    is_written = case.out_THD.isfinite().all(-1).all(-1)
+    assert is_written.nonzero().flatten().tolist() == [32, 33, *range(42, 60)]
 
 
 def test_more_requests_than_one_search_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.paged_attention_cases import PagedCase, check_rope, make_case, make_geometry, run_case, split_heads
+from tests.paged_attention_cases import (
+    PagedCase,
+    check_rope,
+    make_case,
+    make_geometry,
+    run_case,
+    run_last_rows,
+    split_heads,
+)
 from workers.attention.base import AttentionSpec
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPolicy, default_prefill_tile
 from workers.attention.triton_paged import TritonPagedAttention
@@ -176,6 +184,18 @@ def test_heads_rotated_on_the_way(backends: Backends, shape: str, has_norms: boo
     backend = backends[shape]
     check_rope(backend, [1, 2, 300, 1025, 64], [1] * 5, has_norms=has_norms, padded_reqs=8, padded_tokens=8)
     check_rope(backend, [700, 1, 300, 33], [300, 1, 1, 33], has_norms=has_norms, padded_reqs=6, padded_tokens=350)
+
+
+@pytest.mark.parametrize("is_default", [True, False])
+@pytest.mark.parametrize("shape", ["llama-1b", "llama-8b", "half-window", "multi-query"])
+def test_the_last_rows_alone(shape: str, is_default: bool) -> None:
+    """By the device's own prefill kernel and by that of other devices."""
+    backend = make_backend(shape, prefill_tile=None if is_default else default_prefill_tile(SHAPES[shape][2]))
+    case = make_case(backend, [2000, 70, 1, 300, 33], [1500, 1, 1, 300, 2], padded_reqs=8, padded_tokens=2000)
+    run_last_rows(backend, case)
+    case.check_last_rows()
+    num_written = case.out_THD[:1500].isfinite().all(-1).all(-1).sum()
+    assert 1 <= num_written <= backend.kernels.block_q
 
 
 @pytest.mark.parametrize("shape", ["llama-1b", "llama-8b"])

@@ -77,6 +77,10 @@ class BatchGeometry:
     block_table_RM: torch.Tensor
     slot_mapping_T: torch.Tensor
 
+    def last_rows(self) -> torch.Tensor:
+        """int32 [num_reqs] on the device: row of the last token of each request."""
+        return self.query_start_loc[1 : self.num_reqs + 1] - 1
+
     @property
     def is_pure_decode(self) -> bool:
         """Whether every request brings exactly one token."""
@@ -137,6 +141,13 @@ class AttentionBackend(abc.ABC):
     @abc.abstractmethod
     def build_metadata(self, geometry: BatchGeometry) -> Any:
         """Turn the step's geometry into what :meth:`forward` wants; called once a step, before the model."""
+
+    def for_last_rows(self, metadata: Any) -> Any:
+        """Metadata of the same step for a layer of whose output only each request's last token is read.
+
+        Keys and values are all written. By default the whole output is, too.
+        """
+        return metadata
 
     @abc.abstractmethod
     def forward(

@@ -40,7 +40,8 @@ def _attention(
     if context.attn_metadata is None:
         out_THD.zero_()
         return
-    context.attn_backend.forward(q_THD, k_TKD, v_TKD, context.kv_caches[layer], context.attn_metadata, out_THD)
+    metadata = context.metadata_of(layer)
+    context.attn_backend.forward(q_THD, k_TKD, v_TKD, context.kv_caches[layer], metadata, out_THD)
 
 
 def _rope_attention(
@@ -61,8 +62,8 @@ def _rope_attention(
         out_THD.zero_()
         return
     rope = Rope(positions_T, cos_sin_cache_PD, q_norm_D, k_norm_D, eps)
-    kv_cache = context.kv_caches[layer]
-    context.attn_backend.forward_rope(q_THD, k_TKD, v_TKD, kv_cache, context.attn_metadata, out_THD, rope)
+    kv_cache, metadata = context.kv_caches[layer], context.metadata_of(layer)
+    context.attn_backend.forward_rope(q_THD, k_TKD, v_TKD, kv_cache, metadata, out_THD, rope)
 
 
 def _fake(*args: object) -> None:

@@ -42,6 +42,7 @@ class TritonMetadata:
         plan: How the decode launch splits contexts.
         is_pure_decode: Every request brings one token, now and in every replay of a graph captured with this.
         has_single_tokens: Some request brings one token, so the decode kernel must run.
+        last_rows_only: Nothing but each request's last token is read of the output.
         is_checked: The layout of the step's tensors was looked at; every layer's is the same.
     """
 
@@ -52,6 +53,7 @@ class TritonMetadata:
     plan: SplitPlan
     is_pure_decode: bool
     has_single_tokens: bool
+    last_rows_only: bool = False
     is_checked: bool = False
 
 
@@ -132,6 +134,10 @@ class TritonPagedAttention(AttentionBackend):
             has_single_tokens=has_single_tokens,
         )
 
+    def for_last_rows(self, metadata: TritonMetadata) -> TritonMetadata:
+        """As the interface says: of a prefill, only the tile with the last token is worked on."""
+        return dataclasses.replace(metadata, last_rows_only=True)
+
     def forward(
         self,
         q_THD: torch.Tensor,
@@ -210,7 +216,16 @@ class TritonPagedAttention(AttentionBackend):
         # A capture must hold every launch that any replay needs.
         if m.has_single_tokens or _is_capturing(self.device):
             self._decode(q_THD, k_TKD, v_TKD, kv_cache, m, out_THD, rope)
-        self.kernels.prefill(q_THD, kv_cache, m.block_table_RM, m.seq_lens, m.query_start_loc, out_THD, rope)
+        self.kernels.prefill(
+            q_THD,
+            kv_cache,
+            m.block_table_RM,
+            m.seq_lens,
+            m.query_start_loc,
+            out_THD,
+            rope,
+            last_rows_only=m.last_rows_only,
+        )
 
     def _decode(
         self,

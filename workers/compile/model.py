@@ -30,7 +30,7 @@ from workers.compile.plan import Plan
 from workers.compile.prefetch import wait_for_compiler
 from workers.compile.probes import read_probes, try_piece
 from workers.compile.self_check import check_on_node, note_built_here
-from workers.compile.stitch import WrapPiece
+from workers.compile.stitch import KeepRows, WrapPiece
 from workers.compile.transient import is_transient
 from workers.compile.weights import weight_names
 from workers.config import CompilationConfig
@@ -111,6 +111,7 @@ def compile_model(
     enforce_eager: bool = False,
     splitting_ops: Sequence[str] = ATTENTION_OPS,
     wrap_piece: WrapPiece | None = None,
+    keep_rows: KeepRows | None = None,
     library: ArtifactLibrary | None = None,
     key: BundleKey | None = None,
     flight: BuildFlight = build_alone,
@@ -126,6 +127,8 @@ def compile_model(
         enforce_eager: Mode NONE, whatever the config says.
         splitting_ops: Ops that stay outside of pieces (VLLM_COMPILE).
         wrap_piece: Put around every piece call (VLLM_COMPILE), see :class:`workers.compile.stitch.PieceInfo`.
+        keep_rows: Chooses the rows that go on after the last split op (VLLM_COMPILE), see
+            :func:`workers.compile.stitch.stitch`.
         library: Where pieces are looked for and published (VLLM_COMPILE); None keeps them in this process.
         key: What compiled code depends on (VLLM_COMPILE); None takes what this layer knows, which says nothing of the
             model and so suffices in memory only.
@@ -168,7 +171,7 @@ def compile_model(
         model, config, example_args, splitting_ops, library or ArtifactLibrary.in_memory(), key, counters, account
     )
     where = torch_compat.first_line(type(model).forward)
-    loading = _Loading(compilation, flight, str(device), wrap_piece, where, counters, account)
+    loading = _Loading(compilation, flight, str(device), wrap_piece, keep_rows, where, counters, account)
     piecewise, pieces = loading.load(weight_names(model))
     return CompiledModel(piecewise, loading.report(pieces, mode, started), counters, pieces.plan)
 
@@ -201,6 +204,7 @@ class _Loading:
         flight: BuildFlight,
         device: str,
         wrap_piece: WrapPiece | None,
+        keep_rows: KeepRows | None,
         where: str,
         counters: CompileCounters,
         account: StartupAccount,
@@ -210,6 +214,7 @@ class _Loading:
         self._flight = flight
         self._device = device
         self._wrap_piece = wrap_piece
+        self._keep_rows = keep_rows
         self._where = where
         self._counters = counters
         self._check_seconds = self._load_seconds = 0.0
@@ -280,6 +285,7 @@ class _Loading:
                     weights,
                     sizes=[size for size in sizes if size is not None],
                     wrap_piece=self._wrap_piece,
+                    keep_rows=self._keep_rows,
                     where=self._where,
                     counters=self._counters,
                 )

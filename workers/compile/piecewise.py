@@ -15,7 +15,7 @@ from workers.compile.arguments import ArgumentCheck
 from workers.compile.counters import CompileCounters
 from workers.compile.formats.base import make_format
 from workers.compile.piece_set import PieceSet
-from workers.compile.stitch import LoadedPiece, Runner, WrapPiece, stitch
+from workers.compile.stitch import KeepRows, LoadedPiece, Runner, WrapPiece, stitch
 from workers.compile.weights import tensor_spec
 
 
@@ -28,6 +28,7 @@ class PiecewiseModel:
         sizes: Batch sizes to load builds of their own for.
         wrap_piece: Called for every piece call, in the order of the pass, for the runner of every size and then for
             those compiled for one size.
+        keep_rows: See :func:`workers.compile.stitch.stitch`; pieces compiled for one size do without.
         where: ``file:line (name)`` of the model's code, for errors.
         counters: Counts loaded pieces and refused batches.
 
@@ -45,6 +46,7 @@ class PiecewiseModel:
         *,
         sizes: Iterable[int] = (),
         wrap_piece: WrapPiece | None = None,
+        keep_rows: KeepRows | None = None,
         where: str = "The model",
         counters: CompileCounters | None = None,
     ) -> None:
@@ -63,7 +65,8 @@ class PiecewiseModel:
             for key, build in zip(plan.pieces, pieces.builds([size]), strict=True):
                 loaded[key] = self.loaded[key, size] = loader.load(pieces.blobs[build.sha256])
                 self._counters.num_loaded += 1
-            return stitch(plan, loaded, weights, size=size, wrap_piece=wrap_piece)
+            keep = keep_rows if size is None else None
+            return stitch(plan, loaded, weights, size=size, wrap_piece=wrap_piece, keep_rows=keep)
 
         self._general = runner(None)
         self._by_size: dict[int, Callable[..., Any]] = {size: runner(size) for size in sizes}

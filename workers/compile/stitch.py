@@ -74,6 +74,9 @@ class PieceInfo:
 #: Puts something, a graph wrapper say, around one call of a piece.
 WrapPiece = Callable[[Callable[..., Any], PieceInfo], Callable[..., Any]]
 
+#: Takes what the last piece reads of the batch, ``[T, ...]`` each, and gives the rows to go on with.
+KeepRows = Callable[..., Sequence[torch.Tensor]]
+
 
 def stitch(
     plan: Plan,
@@ -82,6 +85,7 @@ def stitch(
     *,
     size: int | None = None,
     wrap_piece: WrapPiece | None = None,
+    keep_rows: KeepRows | None = None,
 ) -> Runner:
     """Make the function that runs the plan.
 
@@ -90,7 +94,10 @@ def stitch(
         weights: By name; held by the function.
         size: The only batch size that the pieces are compiled for, for ``wrap_piece``.
         wrap_piece: Called once for every piece call, in order.
+        keep_rows: Called in every pass, before the piece behind the last split op. Only for pieces of every size, and
+            for models of whose rows that piece computes each from itself.
     """
+    assert keep_rows is None or size is None
     names: dict[str, Any] = {f"w{index}": weights[spec.name] for index, spec in enumerate(plan.weights)}
     calls = plan.piece_calls()
     takes_list: list[bool] = []
@@ -105,22 +112,28 @@ def stitch(
     for index, op in enumerate(_ops(plan)):
         namespace, _, name = op.partition("::")
         names[f"op{index}"] = getattr(getattr(torch.ops, namespace), name).default
-    exec(compile(source(plan, takes_list), "<plan>", "exec"), names)
+    if keep_rows is not None:
+        names["keep_rows"] = keep_rows
+    exec(compile(source(plan, takes_list, keeps_rows=keep_rows is not None), "<plan>", "exec"), names)
     runner: Runner = names["forward"]
     return runner
 
 
-def source(plan: Plan, takes_list: Sequence[bool] | None = None) -> str:
+def source(plan: Plan, takes_list: Sequence[bool] | None = None, *, keeps_rows: bool = False) -> str:
     """The function's Python text.
 
     Args:
         takes_list: Of every piece call, whether it wants its inputs as a list.
+        keeps_rows: Whether it calls ``keep_rows``.
     """
+    kept = _read_behind_last_op(plan) if keeps_rows else []
     ops = {op: index for index, op in enumerate(_ops(plan))}
     lines = [f"def forward({', '.join(f'a{index}' for index in range(len(plan.arguments)))}):"]
     num_calls = 0
     for step, dead in zip(plan.steps, _dead_after(plan), strict=True):
         if isinstance(step, PieceStep):
+            if kept and step is plan.steps[-1]:
+                lines.append(f"    {_targets(kept)}keep_rows({', '.join(kept)})")
             args = ", ".join(_text(arg) for arg in step.args)
             if takes_list is not None and takes_list[num_calls]:
                 args = f"[{args}]"
@@ -139,6 +152,15 @@ def source(plan: Plan, takes_list: Sequence[bool] | None = None) -> str:
 
 def _targets(results: Sequence[str]) -> str:
     return f"{', '.join(results)}, = " if results else ""
+
+
+def _read_behind_last_op(plan: Plan) -> list[str]:
+    """What the plan's last piece reads of the batch, if a split op comes before it; else nothing."""
+    last = plan.steps[-1]
+    if not isinstance(last, PieceStep) or len(plan.steps) < 2 or not isinstance(plan.steps[-2], OpStep):
+        return []
+    inputs = zip(last.args, plan.pieces[last.piece].inputs, strict=True)
+    return list(dict.fromkeys(_text(arg) for arg, spec in inputs if spec.shape and isinstance(spec.shape[0], str)))
 
 
 def _ops(plan: Plan) -> list[str]:

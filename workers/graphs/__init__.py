@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from workers.graphs.choose import auto_capture_sizes, choose_capture_sizes, padded_work
 from workers.graphs.context import (
     ForwardContext,
+    LastRows,
     get_forward_context,
     is_forward_context_available,
+    keep_last_rows,
     set_forward_context,
 )
 from workers.graphs.counters import GraphCounters
@@ -52,6 +54,7 @@ __all__ = [
     "GraphReport",
     "HistogramError",
     "HistogramStore",
+    "LastRows",
     "MemoryPolicy",
     "ModeResolution",
     "Traffic",
@@ -60,6 +63,7 @@ __all__ = [
     "default_capture_sizes",
     "get_forward_context",
     "is_forward_context_available",
+    "keep_last_rows",
     "make_graph_backend",
     "make_report",
     "padded_work",

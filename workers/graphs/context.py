@@ -19,6 +19,22 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LastRows:
+    """Of a step in which nothing but each request's last token is read of the model's result.
+
+    Whatever follows the last attention is then computed for those rows alone, by forms of the model that can
+    (:func:`keep_last_rows`). llama.cpp does the same, calling them output ids.
+
+    Attributes:
+        rows_R: int32 rows of those tokens, in the order of the requests.
+        attn_metadata: The backend's metadata for the last layer.
+    """
+
+    rows_R: torch.Tensor
+    attn_metadata: Any
+
+
 @dataclasses.dataclass(slots=True)
 class ForwardContext:
     """State of one forward pass.
@@ -31,6 +47,7 @@ class ForwardContext:
         cudagraph_runtime_mode: How this batch runs; graph wrappers of another mode run their callable eagerly.
             NONE in profiling and warm-up runs.
         batch_descriptor: The graph that serves this batch; None only in mode NONE.
+        last_rows: What suffices of this step; None for all of it. Graphs hold whole batches, so only in mode NONE.
     """
 
     attn_backend: Any
@@ -38,11 +55,19 @@ class ForwardContext:
     kv_caches: Sequence[torch.Tensor]
     cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE
     batch_descriptor: BatchDescriptor | None = None
+    last_rows: LastRows | None = None
 
     def __post_init__(self) -> None:
         mode = self.cudagraph_runtime_mode
         assert mode.is_valid_runtime_mode(), f"{mode.name} is not a runtime mode"
         assert mode is CUDAGraphMode.NONE or self.batch_descriptor is not None, "a graph needs a batch descriptor"
+        assert mode is CUDAGraphMode.NONE or self.last_rows is None, "a graph holds the whole batch"
+
+    def metadata_of(self, layer: int) -> Any:
+        """The attention backend's metadata for one layer."""
+        if self.last_rows is not None and layer == len(self.kv_caches) - 1:
+            return self.last_rows.attn_metadata
+        return self.attn_metadata
 
 
 _current: ForwardContext | None = None
@@ -64,6 +89,21 @@ def get_forward_context() -> ForwardContext:
     """The current context; asserts that a ``with set_forward_context(...)`` block is open."""
     assert _current is not None, "no forward context: call the model inside set_forward_context()"
     return _current
+
+
+def keep_last_rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a forward pass goes on with after its last attention, if it goes on row by row.
+
+    Args:
+        tensors: ``[T, ...]`` each.
+
+    Returns:
+        ``[R, ...]`` each if the context says that these rows suffice, else the same tensors.
+    """
+    if _current is None or _current.last_rows is None:
+        return tensors
+    rows_R = _current.last_rows.rows_R
+    return tuple(tensor.index_select(0, rows_R) for tensor in tensors)
 
 
 def is_forward_context_available() -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 import workers.attention.op  # noqa: F401  (defines torch.ops.warmgraph.attention)
 from workers.attention.base import AttentionSpec
 from workers.compile.decorator import support_torch_compile
+from workers.graphs.context import keep_last_rows
 from workers.kernels.functional import add_rms_norm, apply_rope, embedding, rms_norm
 from workers.kernels.linear import Linear
 from workers.model.config import ModelConfig
@@ -96,7 +97,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, new) if config.qk_norm else None
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, cos_sin_cache_PD: torch.Tensor) -> torch.Tensor:
-        """``[T, E]`` to ``[T, E]``."""
+        """``[T, E]`` to the heads' results side by side, ``[T, H * D]``, which ``o_proj`` has yet to mix."""
         num_tokens = x_TE.shape[0]
         q, k, v = self.qkv_proj(x_TE).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q_THD = q.view(num_tokens, self.num_heads, self.head_dim)
@@ -107,8 +108,7 @@ class Attention(nn.Module):
         q_THD, k_TKD = apply_rope(q_THD, k_TKD, positions_T, cos_sin_cache_PD)
         out_THD = torch.empty_like(q_THD)
         torch.ops.warmgraph.attention(q_THD, k_TKD, v_TKD, out_THD, self.layer)
-        projected_TE: torch.Tensor = self.o_proj(out_THD.view(num_tokens, self.q_size))
-        return projected_TE
+        return out_THD.view(num_tokens, self.q_size)
 
 
 class MLP(nn.Module):
@@ -129,10 +129,14 @@ class DecoderLayer(nn.Module):
     """Attention, then the feed-forward network, each after a norm and added to the residual stream.
 
     What a layer returns has yet to be added to the residual: the next norm does both in one call.
+
+    Attributes:
+        is_last: After its attention, nothing looks at any other row than its own.
     """
 
     def __init__(self, config: ModelConfig, layer: int, new: _Factory) -> None:
         super().__init__()
+        self.is_last = layer == config.num_hidden_layers - 1
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, new)
         self.self_attn = Attention(config, layer, new)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, new)
@@ -150,7 +154,11 @@ class DecoderLayer(nn.Module):
             residual_TE, hidden_TE = hidden_TE, self.input_layernorm(hidden_TE)
         else:
             hidden_TE, residual_TE = self.input_layernorm.add(hidden_TE, residual_TE)
-        hidden_TE = self.self_attn(hidden_TE, positions_T, cos_sin_cache_PD)
+        attended = self.self_attn(hidden_TE, positions_T, cos_sin_cache_PD)
+        if self.is_last and not torch.compiler.is_compiling():
+            # Of compiled pieces, whoever calls them sees to this.
+            attended, residual_TE = keep_last_rows(attended, residual_TE)
+        hidden_TE = self.self_attn.o_proj(attended)
         hidden_TE, residual_TE = self.post_attention_layernorm.add(hidden_TE, residual_TE)
         return self.mlp(hidden_TE), residual_TE
 
@@ -231,7 +239,8 @@ class DecoderForCausalLM(nn.Module):
             positions_T: int64 positions, below ``max_model_len``, padding included.
 
         Returns:
-            Hidden states ``[T, E]`` in the model's dtype, after the last norm.
+            Hidden states ``[T, E]`` in the model's dtype, after the last norm; ``[R, E]`` if the forward context says
+            that each request's last token suffices.
         """
         hidden_TE: torch.Tensor = self.model(input_ids_T, positions_T)
         return hidden_TE

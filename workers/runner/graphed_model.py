@@ -35,8 +35,10 @@ from workers.graphs import (
     GraphMemoryBudget,
     GraphReport,
     HistogramStore,
+    LastRows,
     MemoryPolicy,
     Traffic,
+    keep_last_rows,
     make_report,
     resolve_mode_with_reason,
     set_forward_context,
@@ -165,6 +167,21 @@ class GraphedModel:
             hidden_TE: torch.Tensor = self._forward(inputs.input_ids_T, inputs.positions_T)
             return hidden_TE
 
+    def run_for_last_rows(self, inputs: StepInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor) -> torch.Tensor:
+        """Run the model on a prepared batch for the sake of each request's last token.
+
+        Without a graph, most of the last layer is computed for these tokens alone.
+
+        Returns:
+            Hidden states ``[R, E]``, valid until the next call.
+        """
+        geometry = inputs.geometry
+        rows_R = geometry.last_rows()
+        with self._context(geometry, mode, descriptor, rows_R if mode is _NO_GRAPH else None):
+            hidden: torch.Tensor = self._forward(inputs.input_ids_T, inputs.positions_T)
+        # Not every form of the model leaves rows out; and if there are as many rows as requests, they are these.
+        return hidden if len(hidden) == geometry.num_reqs else hidden.index_select(0, rows_R)
+
     def run_decode(
         self, inputs: DecodeInputs, plan: SamplingPlan, mode: CUDAGraphMode, descriptor: BatchDescriptor
     ) -> tuple[torch.Tensor, LogprobsTensors | None]:
@@ -248,6 +265,7 @@ class GraphedModel:
                 enforce_eager=config.enforce_eager,
                 splitting_ops=self._attn_backend.splitting_ops,
                 wrap_piece=wrap_piece,
+                keep_rows=keep_last_rows,
                 library=library,
                 key=key,
                 flight=flight,
@@ -282,10 +300,16 @@ class GraphedModel:
         return self._model.compute_logits(self._run_model(input_ids_T, positions_T))
 
     def _context(
-        self, geometry: BatchGeometry, mode: CUDAGraphMode, descriptor: BatchDescriptor
+        self,
+        geometry: BatchGeometry,
+        mode: CUDAGraphMode,
+        descriptor: BatchDescriptor,
+        last_rows_R: torch.Tensor | None = None,
     ) -> AbstractContextManager[ForwardContext]:
-        metadata = self._attn_backend.build_metadata(geometry)
-        return set_forward_context(ForwardContext(self._attn_backend, metadata, self._kv_caches, mode, descriptor))
+        backend = self._attn_backend
+        metadata = backend.build_metadata(geometry)
+        last = None if last_rows_R is None else LastRows(last_rows_R, backend.for_last_rows(metadata))
+        return set_forward_context(ForwardContext(backend, metadata, self._kv_caches, mode, descriptor, last))
 
     def _decode_context(
         self, inputs: DecodeInputs, mode: CUDAGraphMode, descriptor: BatchDescriptor

@@ -47,14 +47,14 @@ class SampledRows:
         slots: Their slots, on the host.
         slots_R: Their slots, int64, on the device.
         num_output_R: int64, index of the output token each of them gets.
-        last_rows_R: int64, row of ``hidden`` that predicts it; None if those are the first rows, in order.
+        rows_R: int64, which requests of the step they are; None if they are all of them.
     """
 
     requests: list[Request]
     slots: list[int]
     slots_R: torch.Tensor
     num_output_R: torch.Tensor
-    last_rows_R: torch.Tensor | None
+    rows_R: torch.Tensor | None
 
 
 class InputBatch:
@@ -99,7 +99,7 @@ class InputBatch:
         self._seq_lens = rows(torch.int32)
         self._sampled_slots = rows(torch.int64)
         self._num_output = rows(torch.int64)
-        self._last_rows = rows(torch.int64)
+        self._sampled_rows = rows(torch.int64)
         self._from_device = rows(torch.bool)
         self._decode_slots = rows(torch.int64)
         self._tables = HostDeviceBuffer(max_num_seqs, max_blocks_per_seq, dtype=torch.int32, device=device)
@@ -124,13 +124,12 @@ class InputBatch:
         geometry = self._geometry(output, num_reqs, starts, lens, slots_np, slot_mapping_T)
         return StepInputs(geometry, input_ids_T, positions_T)
 
-    def prepare_sampling(self, output: SchedulerOutput, slots: list[int], geometry: BatchGeometry) -> SampledRows:
+    def prepare_sampling(self, output: SchedulerOutput, slots: list[int]) -> SampledRows:
         """Write what the sampler reads of a prepared step and commit it; the model does not wait for this.
 
         Args:
             output: The scheduler's decision.
             slots: The slot of each scheduled request.
-            geometry: Of the step.
         """
         rows = [row for row, item in enumerate(output.scheduled) if item.samples]
         sampled = [output.scheduled[row] for row in rows]
@@ -140,16 +139,16 @@ class InputBatch:
         self._num_output.np[:count] = [
             item.num_computed_tokens + item.num_tokens - item.request.num_prompt_tokens for item in sampled
         ]
-        last_rows_R = None
-        if count != output.num_tokens:
-            self._last_rows.np[:count] = geometry.query_start_loc_cpu[1:][rows] - 1
-            last_rows_R = self._last_rows.commit(count)
+        rows_R = None
+        if count != output.num_reqs:
+            self._sampled_rows.np[:count] = rows
+            rows_R = self._sampled_rows.commit(count)
         return SampledRows(
             requests=[item.request for item in sampled],
             slots=sampled_slots,
             slots_R=self._sampled_slots.commit(count),
             num_output_R=self._num_output.commit(count),
-            last_rows_R=last_rows_R,
+            rows_R=rows_R,
         )
 
     def prepare_dummy(self, num_tokens: int, num_reqs: int, max_query_len: int) -> StepInputs:

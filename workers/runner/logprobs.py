@@ -52,6 +52,11 @@ def sampled_logprobs(
     }
 
 
+def wants_prompt_logprobs(output: SchedulerOutput) -> bool:
+    """Whether any request of a step asked for logprobs of its prompt, and so needs every row of the model's result."""
+    return any(item.request.params.prompt_logprobs is not None for item in output.scheduled)
+
+
 def prompt_logprobs(
     output: SchedulerOutput, hidden_TE: torch.Tensor, compute_logits: Callable[[torch.Tensor], torch.Tensor]
 ) -> dict[str, PromptLogprobsChunk]:

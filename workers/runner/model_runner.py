@@ -37,8 +37,13 @@ from workers.runner.device import resolve_device, resolve_dtype
 from workers.runner.device_memory import DeviceMemory, out_of_memory
 from workers.runner.flight import leases_of
 from workers.runner.graphed_model import GraphedModel
-from workers.runner.input_batch import InputBatch, SampledRows
-from workers.runner.logprobs import PromptLogprobsChunk, prompt_logprobs, sampled_logprobs
+from workers.runner.input_batch import InputBatch
+from workers.runner.logprobs import (
+    PromptLogprobsChunk,
+    prompt_logprobs,
+    sampled_logprobs,
+    wants_prompt_logprobs,
+)
 from workers.runner.memory_plan import MemoryPlanShelf
 from workers.runner.serving_model import ServingModel
 from workers.runner.slots import SlotTable
@@ -204,12 +209,17 @@ class ModelRunner:
             self._add_to_sampling(newcomers)
             return self._execute_decode(output, slots, mode, descriptor)
         inputs = self._batch.prepare(output, slots, descriptor.num_tokens, descriptor.num_reqs or output.num_reqs)
-        hidden_TE = self._graphs.run(inputs, mode, descriptor)
+        prompt: dict[str, PromptLogprobsChunk] = {}
+        if wants_prompt_logprobs(output):
+            hidden_TE = self._graphs.run(inputs, mode, descriptor)
+            prompt = prompt_logprobs(output, hidden_TE, self.model.compute_logits)
+            last_RE = hidden_TE.index_select(0, inputs.geometry.last_rows())
+        else:
+            last_RE = self._graphs.run_for_last_rows(inputs, mode, descriptor)
         # What only sampling needs is made ready while the device runs the model.
         self._add_to_sampling(newcomers)
-        rows = self._batch.prepare_sampling(output, slots, inputs.geometry)
-        prompt = prompt_logprobs(output, hidden_TE, self.model.compute_logits)
-        logits_RV = self._sampled_logits(rows, hidden_TE)
+        rows = self._batch.prepare_sampling(output, slots)
+        logits_RV = self.model.compute_logits(last_RE if rows.rows_R is None else last_RE.index_select(0, rows.rows_R))
         plan = self._sampling.plan(rows.slots)
         sampled = self._sampler.sample(logits_RV, rows.slots_R, rows.num_output_R, plan)
         self._batch.last_token_S.index_copy_(0, rows.slots_R, sampled.token_ids_R)
@@ -332,11 +342,6 @@ class ModelRunner:
                 slot, request.params, prompt, request.output_token_ids, request.eos_token_ids, request.seed
             )
         self._sampling.flush()
-
-    def _sampled_logits(self, rows: SampledRows, hidden_TE: torch.Tensor) -> torch.Tensor:
-        if rows.last_rows_R is None:
-            return self.model.compute_logits(hidden_TE[: len(rows.slots)])
-        return self.model.compute_logits(hidden_TE.index_select(0, rows.last_rows_R))
 
 
 def _background_formats(

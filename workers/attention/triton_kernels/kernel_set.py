@@ -209,8 +209,14 @@ class KernelSet:
         query_start_loc: torch.Tensor,
         out_THD: torch.Tensor,
         rope: Rope | None = None,
+        *,
+        last_rows_only: bool = False,
     ) -> None:
-        """Attend for every request that brings more than one token; their keys and values are in the cache."""
+        """Attend for every request that brings more than one token; their keys and values are in the cache.
+
+        Args:
+            last_rows_only: Leave out tiles of queries that do not hold a request's last one.
+        """
         num_reqs = seq_lens.shape[0]
         num_tiles = q_THD.shape[0] // self.block_q + num_reqs
         self._of_kind(RopeKind.of(rope)).prefill(
@@ -225,6 +231,7 @@ class KernelSet:
             q_THD.stride(0),
             block_table_RM.stride(0),
             num_reqs,
+            int(last_rows_only),
             *_rope_tensors(rope)[:3],
         )
 
@@ -262,7 +269,7 @@ class KernelSet:
     def _specialize_prefill(self, kind: RopeKind) -> KernelLaunch:
         s, data, tile = self.spec, self.spec.dtype, self._prefill_tile
         tensors = (data, data, data, _I32, _I32, _I32)
-        arguments = (*tensors, _ALIGNED, _ALIGNED, _ANY, _ANY, *_rope_examples(kind, data)[:3])
+        arguments = (*tensors, _ALIGNED, _ALIGNED, _ANY, _ANY, _ANY, *_rope_examples(kind, data)[:3])
         heads = (self._qk_scale, s.num_kv_heads, self.group, s.head_dim)
         if tile.hopper:
             # Imported here because Gluon, on a machine that cannot use it, need not even be there.

@@ -98,7 +98,7 @@ def attend_tiles(
 
 
 @triton.jit(
-    do_not_specialize=["num_reqs", "table_stride"],
+    do_not_specialize=["num_reqs", "last_rows_only", "table_stride"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr", "positions_ptr"],
 )
 def prefill_kernel(
@@ -112,6 +112,7 @@ def prefill_kernel(
     q_stride,
     table_stride,
     num_reqs,
+    last_rows_only,
     positions_ptr,
     cos_sin_ptr,
     q_norm_ptr,
@@ -128,7 +129,11 @@ def prefill_kernel(
     ROPE: tl.constexpr,
     NORM_EPS: tl.constexpr,
 ):
-    """Program (KV head, query tile). Requests with one token are left to the decode kernel."""
+    """Program (KV head, query tile). Requests with one token are left to the decode kernel.
+
+    Args:
+        last_rows_only: Whether all programs but those with a request's last token leave at once.
+    """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     head = tl.program_id(0)
     # Long tiles are those late in a request; starting them first keeps the tail of the launch short.
@@ -138,6 +143,8 @@ def prefill_kernel(
     query_len = tl.load(query_start_ptr + request + 1) - query_start
     first = (tile - (query_start // BLOCK_Q + request)) * BLOCK_Q
     if (query_len <= 1) | (first >= query_len):
+        return
+    if (last_rows_only != 0) & (first + BLOCK_Q < query_len):
         return
     context = tl.load(seq_lens_ptr + request) - query_len  # computed before this step
 

@@ -104,7 +104,7 @@ def fold(scores, running_max, running_sum, positions, query_positions, QK_SCALE:
 
 
 @gluon.jit(
-    do_not_specialize=["num_reqs", "table_stride"],
+    do_not_specialize=["num_reqs", "last_rows_only", "table_stride"],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_ptr", "positions_ptr"],
 )
 def hopper_prefill_kernel(
@@ -118,6 +118,7 @@ def hopper_prefill_kernel(
     q_stride,
     table_stride,
     num_reqs,
+    last_rows_only,
     positions_ptr,
     cos_sin_ptr,
     q_norm_ptr,
@@ -133,7 +134,11 @@ def hopper_prefill_kernel(
     ROPE: gl.constexpr,
     NORM_EPS: gl.constexpr,
 ):
-    """Program (KV head, query tile). Requests with one token are left to the decode kernel."""
+    """Program (KV head, query tile). Requests with one token are left to the decode kernel.
+
+    Args:
+        last_rows_only: Whether all programs but those with a request's last token leave at once.
+    """
     BLOCK_Q: gl.constexpr = BLOCK_M // GROUP
     PLANE: gl.constexpr = NUM_KV_HEADS * PAGE * HEAD_DIM
     WARPS: gl.constexpr = gl.num_warps()
@@ -156,6 +161,8 @@ def hopper_prefill_kernel(
     query_len = gl.load(query_start_ptr + request + 1) - query_start
     first = (tile - (query_start // BLOCK_Q + request)) * BLOCK_Q
     if (query_len <= 1) | (first >= query_len):
+        return
+    if (last_rows_only != 0) & (first + BLOCK_Q < query_len):
         return
     context = gl.load(seq_lens_ptr + request) - query_len  # computed before this step
     high = context + gl.minimum(first + BLOCK_Q, query_len)
