@@ -116,27 +116,29 @@ class BlockPool:
             if self._ref_counts[block_id] == 0:
                 del self._free_cached[block_id]
             self._ref_counts[block_id] += 1
-        request.block_ids = [*cached_prefix, *(self._take() for _ in range(num_new))]
+        request.block_ids = [*cached_prefix, *self._take(num_new)]
         if request.num_preemptions == 0 and self._reads_cache(request):
             self.num_query_tokens += request.num_tokens
             self.num_hit_tokens += len(cached_prefix) * self.block_size
 
     def append_block(self, request: Request) -> None:
         """Give the request one more block; the caller has seen that one is free."""
-        request.block_ids.append(self._take())
+        request.block_ids += self._take(1)
 
     def free(self, request: Request) -> None:
         """Take back all of the request's blocks; cached content stays until they are handed out again."""
         block_ids, request.block_ids = request.block_ids, []
-        ref_counts, hash_of = self._ref_counts, self._hash_of
+        ref_counts, hash_of, empty, cached = self._ref_counts, self._hash_of, self._free_empty, self._free_cached
         # Last block first, so that the least shareable end of the sequence is evicted first.
         for block_id in reversed(block_ids):
             count = ref_counts[block_id] - 1
             assert count >= 0, f"block {block_id} was freed twice"
             ref_counts[block_id] = count
             if count == 0:
-                place = self._free_empty if hash_of[block_id] is None else self._free_cached
-                place[block_id] = None
+                if hash_of[block_id] is None:
+                    empty[block_id] = None
+                else:
+                    cached[block_id] = None
 
     def name_blocks(self, request: Request, stop: int) -> None:
         """Hash blocks up to ``stop - 1`` of the request, so that :meth:`register` need not."""
@@ -151,13 +153,13 @@ class BlockPool:
         if not self.enable_prefix_caching:
             return
         extend_block_hashes(request.block_hashes, request.token_ids, self.block_size, stop)
-        for index in range(start, stop):
-            block_id, block_hash = request.block_ids[index], request.block_hashes[index]
-            assert self._hash_of[block_id] is None, f"block {block_id} was written while it was cached"
-            if self._block_of.setdefault(block_hash, block_id) == block_id:
-                self._hash_of[block_id] = block_hash
-                if self.journal is not None:
-                    self.journal.add(block_hash)
+        hash_of, block_of, journal = self._hash_of, self._block_of, self.journal
+        for block_id, block_hash in zip(request.block_ids[start:stop], request.block_hashes[start:stop], strict=True):
+            assert hash_of[block_id] is None, f"block {block_id} was written while it was cached"
+            if block_of.setdefault(block_hash, block_id) == block_id:
+                hash_of[block_id] = block_hash
+                if journal is not None:
+                    journal.add(block_hash)
 
     def check_integrity(self, live_requests: Iterable[Request]) -> None:
         """Account for every block: held as often as counted, or free once.
@@ -195,18 +197,23 @@ class BlockPool:
         # Logprobs of prompt tokens need the forward pass that a cache hit would skip.
         return self.enable_prefix_caching and request.params.prompt_logprobs is None
 
-    def _take(self) -> int:
-        """A free block, now with one reference: an empty one, else the least recently used cached one."""
-        if self._free_empty:
-            block_id, _ = self._free_empty.popitem()
-        else:
-            assert self._free_cached, "no free block; the caller checks num_free_blocks first"
-            block_id, _ = self._free_cached.popitem(last=False)
-            block_hash = self._hash_of[block_id]
-            assert block_hash is not None
-            del self._block_of[block_hash]
-            self._hash_of[block_id] = None
-            if self.journal is not None:
-                self.journal.remove(block_hash)
-        self._ref_counts[block_id] = 1
+    def _take(self, count: int) -> list[int]:
+        """Free blocks, now with one reference each: empty ones, then the least recently used cached ones."""
+        pop_empty, ref_counts = self._free_empty.popitem, self._ref_counts
+        block_ids = [pop_empty()[0] for _ in range(min(count, len(self._free_empty)))]
+        block_ids += [self._evict() for _ in range(count - len(block_ids))]
+        for block_id in block_ids:
+            ref_counts[block_id] = 1
+        return block_ids
+
+    def _evict(self) -> int:
+        """The least recently used cached block, whose content is now forgotten."""
+        assert self._free_cached, "no free block; the caller checks num_free_blocks first"
+        block_id, _ = self._free_cached.popitem(last=False)
+        block_hash = self._hash_of[block_id]
+        assert block_hash is not None
+        del self._block_of[block_hash]
+        self._hash_of[block_id] = None
+        if self.journal is not None:
+            self.journal.remove(block_hash)
         return block_id
