@@ -55,17 +55,19 @@ assert torch.ones(3, device="cuda").sum().item() == 3
 
 _WARM = """
 import json, sys
-from pathlib import Path
-from tests.gpu.test_start_cuda import Engine, make_config
-report = Engine(make_config(Path(sys.argv[1]), "aoti")).startup_report()
+from workers.config import EngineConfig
+from workers.engine.engine import Engine
+report = Engine(EngineConfig.model_validate_json(sys.argv[1])).startup_report()
 print(json.dumps({"hits": [row.is_hit for row in report.lookups], "names": [row.name for row in report.phases],
                   "compiler": "torch._inductor.compile_fx" in sys.modules, "sympy": "sympy" in sys.modules}))
 """
 
 
 def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:
+    # Made here: making a checkpoint imports transformers, and with it sympy.
+    config = make_config(tmp_path, "aoti").model_dump_json()
     for is_warm in (False, True):
-        run = subprocess.run([sys.executable, "-c", _WARM, str(tmp_path)], capture_output=True, text=True, check=True)
+        run = subprocess.run([sys.executable, "-c", _WARM, config], capture_output=True, text=True, check=True)
         seen = json.loads(run.stdout.splitlines()[-1])
         assert seen["hits"] == [is_warm]
         assert seen["compiler"] is seen["sympy"] is not is_warm
