@@ -116,14 +116,14 @@ class BlockPool:
             if self._ref_counts[block_id] == 0:
                 del self._free_cached[block_id]
             self._ref_counts[block_id] += 1
-        request.block_ids = [*cached_prefix, *self._take(num_new)]
+        request.block_ids = [*cached_prefix, *(self._take() for _ in range(num_new))]
         if request.num_preemptions == 0 and self._reads_cache(request):
             self.num_query_tokens += request.num_tokens
             self.num_hit_tokens += len(cached_prefix) * self.block_size
 
     def append_block(self, request: Request) -> None:
         """Give the request one more block; the caller has seen that one is free."""
-        request.block_ids += self._take(1)
+        request.block_ids.append(self._take())
 
     def free(self, request: Request) -> None:
         """Take back all of the request's blocks; cached content stays until they are handed out again."""
@@ -197,23 +197,18 @@ class BlockPool:
         # Logprobs of prompt tokens need the forward pass that a cache hit would skip.
         return self.enable_prefix_caching and request.params.prompt_logprobs is None
 
-    def _take(self, count: int) -> list[int]:
-        """Free blocks, now with one reference each: empty ones, then the least recently used cached ones."""
-        pop_empty, ref_counts = self._free_empty.popitem, self._ref_counts
-        block_ids = [pop_empty()[0] for _ in range(min(count, len(self._free_empty)))]
-        block_ids += [self._evict() for _ in range(count - len(block_ids))]
-        for block_id in block_ids:
-            ref_counts[block_id] = 1
-        return block_ids
-
-    def _evict(self) -> int:
-        """The least recently used cached block, whose content is now forgotten."""
-        assert self._free_cached, "no free block; the caller checks num_free_blocks first"
-        block_id, _ = self._free_cached.popitem(last=False)
-        block_hash = self._hash_of[block_id]
-        assert block_hash is not None
-        del self._block_of[block_hash]
-        self._hash_of[block_id] = None
-        if self.journal is not None:
-            self.journal.remove(block_hash)
+    def _take(self) -> int:
+        """A free block, now with one reference: an empty one, else the least recently used cached one."""
+        if self._free_empty:
+            block_id, _ = self._free_empty.popitem()
+        else:
+            assert self._free_cached, "no free block; the caller checks num_free_blocks first"
+            block_id, _ = self._free_cached.popitem(last=False)
+            block_hash = self._hash_of[block_id]
+            assert block_hash is not None
+            del self._block_of[block_hash]
+            self._hash_of[block_id] = None
+            if self.journal is not None:
+                self.journal.remove(block_hash)
+        self._ref_counts[block_id] = 1
         return block_id
