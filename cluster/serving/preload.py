@@ -1,4 +1,4 @@
-"""Imported by every Ray worker when it starts: the engine's modules, where a spare process was asked for.
+"""Imported by every Ray worker when it starts: the engine, and on a GPU the compilers, where a spare was asked for.
 
 Ray imports it because of RAY_preload_python_modules. While a deployment starts, its controller, proxy and ingress have
 no use for torch; once an engine runs on a node, what starts next there is most likely another one.
@@ -23,3 +23,8 @@ if wants_spare():
             importlib.import_module(_module)
     if has_driver():
         prepare_triton()
+        # Standalone pieces, which a node that has only just compiled them has, load through the compiler.
+        with contextlib.suppress(ImportError):
+            from workers.compile.prefetch import prefetch_compiler
+
+            prefetch_compiler()

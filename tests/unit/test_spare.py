@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,26 @@ def test_a_node_without_a_spare_only_starts_more_slowly(tmp_path: Path, monkeypa
     spare._ask_for_spare()
     assert told == ["no spare process on this node"]
     assert not spare.wants_spare()
+
+
+_PRELOAD = """
+import sys
+from cluster.serving import spare
+from workers.startup import cuda
+spare.wants_spare, cuda.has_driver = (lambda: sys.argv[1] == "spare"), (lambda: True)
+import cluster.serving.preload
+if "workers.compile.prefetch" in sys.modules:
+    sys.modules["workers.compile.prefetch"].wait_for_compiler(only_if_begun=True)
+names = ("torch", "cluster.serving.replica", "torch._inductor.compile_fx")
+print([name in sys.modules for name in names])
+"""
+
+
+@pytest.mark.parametrize("is_spare", [False, True])
+def test_only_a_spare_imports_engine_and_compiler(is_spare: bool) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", _PRELOAD, "spare" if is_spare else "other"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.splitlines()[-1] == str([is_spare] * 3)
 
 
 def test_siblings_are_the_children_of_the_parent() -> None:
