@@ -27,8 +27,11 @@ def _kernels() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 64, 65])
-@pytest.mark.parametrize(("in_features", "out_features"), [(2048, 3072), (576, 49152), (128, 40001), (1536, 577)])
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 9, 16, 17, 32, 33, 64, 65])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"),
+    [(2048, 3072), (2048, 2048), (8192, 2048), (4096, 4096), (576, 49152), (128, 40001), (1536, 577), (48, 100)],
+)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_is_at_least_as_accurate_as_torch(
     dtype: torch.dtype, num_rows: int, in_features: int, out_features: int, has_bias: bool
@@ -43,7 +46,7 @@ def test_linear_is_at_least_as_accurate_as_torch(
     assert ours <= 1.05 * theirs
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 100])
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 100])
 @pytest.mark.parametrize(("in_features", "inner"), [(2048, 8192), (576, 1536), (128, 1000)])
 def test_gate_and_up_are_activated(num_rows: int, in_features: int, inner: int) -> None:
     x = torch.randn(num_rows, in_features, device=CUDA).bfloat16()
@@ -54,7 +57,7 @@ def test_gate_and_up_are_activated(num_rows: int, in_features: int, inner: int) 
     assert relative_error(y, F.silu(gate) * up) < 6e-3
 
 
-@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 20])
 def test_captured_products_replay_with_new_inputs(num_rows: int) -> None:
     """The launch that overlaps the kernel before it waits for that kernel's result, in a graph too."""
     layers = [Linear(1024, 1024, dtype=torch.bfloat16, device=CUDA) for _ in range(6)]

@@ -1,11 +1,12 @@
 # mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def, no-untyped-call"
 # mypy: disallow-untyped-decorators=False
-"""Matrix products of one token, or of a few with a very wide weight: bound by the reading of the weight.
+"""Matrix products of one token or a few: bound by the reading of the weight.
 
-A library's kernels are made for large matrices; for one row they leave an eighth of the memory's bandwidth unused, a
-quarter where the weight is small. Here one row is a plain reduction, launched while the kernel before it drains; a
-projection to gate and up halves is activated in the same kernel. A language-model head has columns enough to fill the
-device with one tile of rows each.
+A library's kernels are made for large matrices; for few rows they leave an eighth of the memory's bandwidth unused, a
+quarter where the weight is small. Here one row is a plain reduction, and for a few rows the warps of a program share
+out the input features of 16 columns, so that even a narrow weight has programs enough to fill the device. Both are
+launched while the kernel before them drains, and have the first weights brought meanwhile. A projection to gate and up
+halves is activated in the same kernel. A language-model head has columns enough for tiles of more rows.
 
 Needs triton, so only :mod:`workers.kernels.gpu_linear` imports it, once there is a CUDA tensor.
 
@@ -14,7 +15,6 @@ Shape suffixes: M = rows (tokens), K = input features, N = output features (of o
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -22,7 +22,22 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.kernels.triton_launch import KernelLaunch, compile_all
+from workers.kernels.linear_tuning import (
+    FEW_ROWS_COLUMNS,
+    FEW_ROWS_TILES,
+    FEW_ROWS_WARPS,
+    LONG_ROW,
+    PAIRED_ROW,
+    SHORT_ROW,
+    WIDE_TILES,
+    FewRowsTile,
+    WideTile,
+    row_tile,
+)
+from workers.kernels.triton_launch import KernelLaunch, can_overlap_launches, compile_all
+
+#: Input features of each column of a few-rows program that are brought near while it waits for its turn.
+_PREFETCHED_FEATURES = 1024
 
 
 @triton.jit
@@ -30,7 +45,15 @@ def _silu_mul(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit(do_not_specialize=["num_columns"])
+@triton.jit
+def _prefetch(pointers):
+    """Have these lines brought to the second-level cache; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["num_columns", "has_bias"])
 def row_kernel(
     x_ptr,
     weight_ptr,
@@ -38,40 +61,109 @@ def row_kernel(
     y_ptr,
     num_columns,
     num_features,
+    has_bias,
     PAIRED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP_LAUNCH: tl.constexpr,
 ):
     """One row: program p makes columns ``[p * BLOCK_N, (p + 1) * BLOCK_N)``, of both halves."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.arange(0, BLOCK_K)
+    in_columns = columns < num_columns
     rows = weight_ptr + columns.to(tl.int64)[:, None] * num_features
     partner = num_columns.to(tl.int64) * num_features
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    # The next kernel may start to be launched; this one waits until the results of the one before are there.
-    gdc_launch_dependents()
-    gdc_wait()
+    # The next kernel may start to be launched. This one waits until the results of the one before are there; weights
+    # are none of those, so the first of them are loaded meanwhile.
+    if OVERLAP_LAUNCH:
+        gdc_launch_dependents()
+    live = (features < num_features)[None, :] & in_columns[:, None]
+    w = tl.load(rows + features[None, :], mask=live, other=0.0)
+    if PAIRED:
+        w_up = tl.load(rows + partner + features[None, :], mask=live, other=0.0)
+    if OVERLAP_LAUNCH:
+        gdc_wait()
     for k in range(0, num_features, BLOCK_K):
-        inside = (k + features) < num_features
-        live = inside[None, :] & (columns < num_columns)[:, None]
-        x = tl.load(x_ptr + k + features, mask=inside, other=0.0).to(tl.float32)[None, :]
-        acc += x * tl.load(rows + (k + features)[None, :], mask=live, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + k + features, mask=(k + features) < num_features, other=0.0).to(tl.float32)[None, :]
+        ahead = k + BLOCK_K + features
+        live = (ahead < num_features)[None, :] & in_columns[:, None]
+        acc += x * w.to(tl.float32)
+        w = tl.load(rows + ahead[None, :], mask=live, other=0.0)
         if PAIRED:
-            acc_up += x * tl.load(rows + partner + (k + features)[None, :], mask=live, other=0.0).to(tl.float32)
+            acc_up += x * w_up.to(tl.float32)
+            w_up = tl.load(rows + partner + ahead[None, :], mask=live, other=0.0)
     dtype = y_ptr.dtype.element_ty
     y = tl.sum(acc, 1)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    y += tl.load(bias_ptr + columns, mask=in_columns & (has_bias != 0), other=0.0).to(tl.float32)
     if PAIRED:
         # Rounded in between, as the product is where it is a kernel of its own.
         y = _silu_mul(y.to(dtype).to(tl.float32), tl.sum(acc_up, 1).to(dtype).to(tl.float32))
-    tl.store(y_ptr + columns, y.to(dtype), mask=columns < num_columns)
+    tl.store(y_ptr + columns, y.to(dtype), mask=in_columns)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "has_bias"])
+def few_rows_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    num_rows,
+    num_columns,
+    num_features,
+    has_bias,
+    PAIRED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    OVERLAP_LAUNCH: tl.constexpr,
+):
+    """Up to BLOCK_M rows: program p makes columns ``[p * BLOCK_N, (p + 1) * BLOCK_N)`` of all of them, and both halves.
+
+    One batched product per step, whose batch is the warps: each multiplies BLOCK_K features of its own.
+    """
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    features = (tl.arange(0, WARPS) * BLOCK_K)[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    in_columns = columns < num_columns
+    in_rows = rows < num_rows
+    w_rows = weight_ptr + columns.to(tl.int64)[None, :, None] * num_features
+    x_rows = x_ptr + rows[None, None, :] * num_features
+    partner = num_columns.to(tl.int64) * num_features
+    acc = tl.zeros([WARPS, BLOCK_N, BLOCK_M], tl.float32)
+    acc_up = tl.zeros([WARPS, BLOCK_N, BLOCK_M], tl.float32)
+    if OVERLAP_LAUNCH:
+        gdc_launch_dependents()
+        lines = tl.minimum(tl.arange(0, PREFETCHED // 64) * 64, num_features - 1)
+        first = weight_ptr + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * num_features + lines[None, :]
+        _prefetch(first)
+        if PAIRED:
+            _prefetch(first + partner)
+        gdc_wait()
+    for k in range(0, num_features, WARPS * BLOCK_K):
+        at = k + features
+        inside = at < num_features
+        x = tl.load(x_rows + at[:, :, None], mask=inside[:, :, None] & in_rows[None, None, :], other=0.0)
+        live = inside[:, None, :] & in_columns[None, :, None]
+        w = tl.load(w_rows + at[:, None, :], mask=live, other=0.0)
+        acc = tl.dot(w, x, acc)
+        if PAIRED:
+            w_up = tl.load(w_rows + partner + at[:, None, :], mask=live, other=0.0)
+            acc_up = tl.dot(w_up, x, acc_up)
+    dtype = y_ptr.dtype.element_ty
+    y = tl.sum(acc, 0)
+    y += tl.load(bias_ptr + columns, mask=in_columns & (has_bias != 0), other=0.0).to(tl.float32)[:, None]
+    if PAIRED:
+        y = _silu_mul(y.to(dtype).to(tl.float32), tl.sum(acc_up, 0).to(dtype).to(tl.float32))
+    out = y_ptr + rows.to(tl.int64)[None, :] * num_columns + columns[:, None]
+    tl.store(out, y.to(dtype), mask=in_columns[:, None] & in_rows[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"])
-def tile_kernel(
+def wide_kernel(
     x_ptr,
     weight_ptr,
     y_ptr,
@@ -82,7 +174,7 @@ def tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Up to BLOCK_M rows: program p makes columns ``[p * BLOCK_N, (p + 1) * BLOCK_N)`` of all of them."""
+    """Up to BLOCK_M rows and very many columns: program p makes columns ``[p * BLOCK_N, (p + 1) * BLOCK_N)``."""
     rows = tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     features = tl.arange(0, BLOCK_K)
@@ -109,74 +201,103 @@ def silu_and_mul_kernel(x_ptr, y_ptr, num_columns, BLOCK: tl.constexpr):
     tl.store(y_ptr + row * num_columns + columns, _silu_mul(gate, up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tile:
-    """Shape of a tile program."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-#: By the most rows that a tile takes, widest last.
-TILES = {16: Tile(16, 32, 128, 4, 5), 32: Tile(32, 64, 128, 4, 4), 64: Tile(64, 64, 128, 4, 4)}
-#: Columns and features of a row program; paired programs have two of each column.
-_ROW_COLUMNS, _ROW_FEATURES, _ROW_WARPS = 2, 2048, 8
 _SILU_BLOCK, _SILU_WARPS = 2048, 8
 
 
 class LinearKernels:
-    """The kernels for one dtype, compiled side by side."""
+    """The kernels for one dtype, compiled side by side.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Args:
+        dtype: Of 2 bytes.
+        overlap: Launch them while the kernel before drains.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, overlap: bool) -> None:
         # Any number of columns, and features that are a multiple of 16: only then are loads 16 bytes wide.
         sizes = (2, 16)
+        tensors = (dtype, dtype, dtype, dtype)
         self._rows = {
-            (paired, has_bias): KernelLaunch(
+            (paired, tile): KernelLaunch(
                 row_kernel,
-                (dtype, dtype, dtype, dtype, *sizes),
-                (paired, has_bias, 1 if paired else _ROW_COLUMNS, _ROW_FEATURES),
-                num_warps=_ROW_WARPS,
+                (*tensors, *sizes, 2),
+                (paired, tile.block_n, tile.block_k, overlap),
+                num_warps=tile.num_warps,
                 num_stages=3,
-                launch_pdl=True,
+                launch_pdl=overlap,
             )
-            for paired, has_bias in ((False, False), (False, True), (True, False))
+            for paired, tile in ((False, SHORT_ROW), (False, LONG_ROW), (True, PAIRED_ROW))
         }
-        self._tiles = {
-            rows: KernelLaunch(
-                tile_kernel,
+        self._few_rows = {
+            (paired, tile): KernelLaunch(
+                few_rows_kernel,
+                (*tensors, 2, *sizes, 2),
+                (paired, tile.block_m, FEW_ROWS_COLUMNS, tile.block_k, FEW_ROWS_WARPS, _PREFETCHED_FEATURES, overlap),
+                num_warps=FEW_ROWS_WARPS,
+                num_stages=tile.num_stages,
+                launch_pdl=overlap,
+            )
+            for paired, tiles in FEW_ROWS_TILES.items()
+            for tile in tiles
+        }
+        self._wide = {
+            tile: KernelLaunch(
+                wide_kernel,
                 (dtype, dtype, dtype, 2, *sizes),
                 (tile.block_m, tile.block_n, tile.block_k),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
-            for rows, tile in TILES.items()
+            for tile in WIDE_TILES.values()
         }
         self._silu = KernelLaunch(silu_and_mul_kernel, (dtype, dtype, 16), (_SILU_BLOCK,), num_warps=_SILU_WARPS)
 
     def launches(self) -> list[KernelLaunch]:
         """Every kernel."""
-        return [*self._rows.values(), *self._tiles.values(), self._silu]
+        return [*self._rows.values(), *self._few_rows.values(), *self._wide.values(), self._silu]
 
     def row(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, paired: bool) -> torch.Tensor:
-        """``[1, K]`` to ``[1, N]``."""
-        num_columns = weight.shape[0] // 2 if paired else weight.shape[0]
+        """``[..., K]`` with one row to ``[..., N]``."""
+        num_columns, num_features = _sizes(weight, paired)
+        tile = row_tile(num_features, paired=paired)
         y = x.new_empty(*x.shape[:-1], num_columns)
-        grid = (num_columns if paired else triton.cdiv(num_columns, _ROW_COLUMNS), 1, 1)
-        launch = self._rows[paired, bias is not None]
-        launch(grid, x, weight, weight if bias is None else bias, y, num_columns, weight.shape[1])
+        self._rows[paired, tile](
+            (triton.cdiv(num_columns, tile.block_n), 1, 1),
+            x,
+            weight,
+            weight if bias is None else bias,
+            y,
+            num_columns,
+            num_features,
+            int(bias is not None),
+        )
         return y
 
-    def tile(self, x_MK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``[M, K]`` to ``[M, N]``."""
-        num_rows, num_columns = x_MK.shape[0], weight.shape[0]
-        y_MN = x_MK.new_empty(num_rows, num_columns)
-        most = next(rows for rows in TILES if rows >= num_rows)
-        grid = (triton.cdiv(num_columns, TILES[most].block_n), 1, 1)
-        self._tiles[most](grid, x_MK, weight, y_MN, num_rows, num_columns, weight.shape[1])
-        return y_MN
+    def few_rows(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: FewRowsTile, paired: bool
+    ) -> torch.Tensor:
+        """``[..., K]`` with at most ``tile.block_m`` rows to ``[..., N]``."""
+        num_columns, num_features = _sizes(weight, paired)
+        y = x.new_empty(*x.shape[:-1], num_columns)
+        self._few_rows[paired, tile](
+            (triton.cdiv(num_columns, FEW_ROWS_COLUMNS), 1, 1),
+            x,
+            weight,
+            weight if bias is None else bias,
+            y,
+            x.numel() // num_features,
+            num_columns,
+            num_features,
+            int(bias is not None),
+        )
+        return y
+
+    def wide(self, x: torch.Tensor, weight: torch.Tensor, tile: WideTile) -> torch.Tensor:
+        """``[..., K]`` with at most ``tile.block_m`` rows to ``[..., N]``."""
+        num_columns, num_features = weight.shape
+        y = x.new_empty(*x.shape[:-1], num_columns)
+        grid = (triton.cdiv(num_columns, tile.block_n), 1, 1)
+        self._wide[tile](grid, x, weight, y, x.numel() // num_features, num_columns, num_features)
+        return y
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """``[M, 2N]`` to ``[M, N]``."""
@@ -187,9 +308,14 @@ class LinearKernels:
         return y_MN
 
 
+def _sizes(weight: torch.Tensor, paired: bool) -> tuple[int, int]:
+    """N and K."""
+    return weight.shape[0] // 2 if paired else weight.shape[0], weight.shape[1]
+
+
 @functools.cache
 def linear_kernels(dtype: torch.dtype, device_index: int) -> LinearKernels:
     """The kernels for a dtype, loaded into the current device's context."""
-    kernels = LinearKernels(dtype)
+    kernels = LinearKernels(dtype, overlap=can_overlap_launches(device_index))
     compile_all(kernels.launches())
     return kernels

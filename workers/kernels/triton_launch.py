@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 import triton
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 #: Releases whose ``CompiledKernel.run`` is known to take what :meth:`KernelLaunch.__call__` passes. It spares the
@@ -29,7 +31,7 @@ class KernelLaunch:
         example: Runtime arguments to specialise for: torch dtypes for pointers, numbers for numbers.
         constants: Values of the constexpr parameters, in order.
         num_warps: Warps per program.
-        num_stages: Depth of the software pipeline.
+        num_stages: Depth of the software pipeline; less on a device that has not the shared memory for it.
         max_registers: Of a thread; 0 leaves it to the compiler.
         launch_pdl: Programmatic dependent launch; the kernel waits for the previous one by itself.
     """
@@ -49,7 +51,7 @@ class KernelLaunch:
         self.kernel = kernel
         self.constants = tuple(constants)
         self._example = tuple(example)
-        self._options = {
+        self._options: dict[str, Any] = {
             "num_warps": num_warps,
             "num_stages": num_stages,
             "maxnreg": max_registers or None,
@@ -75,13 +77,9 @@ class KernelLaunch:
         """Finish compiling and load the binary into the current device's context; launches nothing."""
         if self._interpreted or self._run is not None:
             return
-        self.start_compiling()
-        if isinstance(self._compiled, triton.FutureKernel):
-            self._compiled = self._compiled.result()
-        compiled = self._compiled
         driver: Any = triton.runtime.driver.active
         device = driver.get_current_device()
-        _ = compiled[(1, 1, 1)]  # loads the binary
+        compiled = self._load_what_fits()
         if not triton.__version__.startswith(_DIRECT_RUN_RELEASES):
             self._run = lambda grid, args: compiled[grid](*args)
             return
@@ -92,6 +90,20 @@ class KernelLaunch:
             run(grid[0], grid[1], grid[2], stream, function, metadata, None, None, None, *args)
 
         self._run = direct
+
+    def _load_what_fits(self) -> Any:
+        while True:
+            self.start_compiling()
+            if isinstance(self._compiled, triton.FutureKernel):
+                self._compiled = self._compiled.result()
+            try:
+                _ = self._compiled[(1, 1, 1)]  # loads the binary
+                return self._compiled
+            except OutOfResources:
+                if self._options["num_stages"] == 1:
+                    raise
+                self._options["num_stages"] -= 1
+                self._compiled = None
 
     def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
         """Launch on the current stream; ``args`` are the runtime arguments in order."""
@@ -106,6 +118,11 @@ class KernelLaunch:
 def is_interpreted(kernel: Any) -> bool:
     """Whether Triton runs this function as plain Python, without what only a device has."""
     return not isinstance(kernel, JITFunction)
+
+
+def can_overlap_launches(device: torch.device | int) -> bool:
+    """Whether kernels can be launched while others drain: programmatic dependent launch, from Hopper on."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def compile_all(launches: Sequence[KernelLaunch], num_threads: int = 8) -> None:

@@ -11,6 +11,7 @@ from workers.artifacts.library import ArtifactLibrary
 from workers.attention.base import AttentionBackend, Rope
 from workers.compile.ahead import get_pieces_ahead
 from workers.config import EngineConfig
+from workers.kernels import gpu_linear
 from workers.model.config import ModelConfig
 from workers.startup.account import StartupAccount
 from workers.startup.beside import beside
@@ -23,6 +24,7 @@ def begin_ahead(
     config: EngineConfig,
     model_config: ModelConfig,
     device: torch.device,
+    dtype: torch.dtype,
     backend: AttentionBackend,
     library: ArtifactLibrary,
     key: BundleKey,
@@ -33,6 +35,7 @@ def begin_ahead(
     Args:
         device: Where the engine runs.
         model_config: The model's shape.
+        dtype: Of its weights.
         backend: Its attention.
         library: Where its pieces are looked for.
         key: Of its bundle.
@@ -49,8 +52,13 @@ def begin_ahead(
         with torch.cuda.device(device):
             backend.warmup(_rope_of(model_config) if rotates else None)
 
+    def warm_up_linear() -> None:
+        with torch.cuda.device(device):
+            gpu_linear.prepare(dtype, device)
+
     if device.type == "cuda":
         tasks.append(beside(account, "attention kernels", warm_up_attention))
+        tasks.append(beside(account, "linear kernels", warm_up_linear))
     return tasks
 
 

@@ -19,7 +19,6 @@ from workers.compile.compilation import BuildFlight
 from workers.compile.counters import CompileCounters
 from workers.config import EngineConfig
 from workers.graphs import BatchDescriptor, CUDAGraphMode, GraphReport, HistogramStore
-from workers.kernels import gpu_linear
 from workers.leases.base import LeaseService
 from workers.model.config import ModelConfig
 from workers.model.decoder import attention_spec
@@ -162,13 +161,14 @@ class ModelRunner:
         if self._triton_kernels is not None:
             with account.phase("Triton kernels"):
                 self._triton_kernels.restore()
-        ahead = begin_ahead(config, model_config, self.device, self.backend, self.library, self.bundle_key, account)
+        ahead = begin_ahead(
+            config, model_config, self.device, dtype, self.backend, self.library, self.bundle_key, account
+        )
         with account.phase("weights") as weights, out_of_memory("the weights", "the model's size or its dtype"):
             self.model = load_model(
                 folder, model_config, dtype, self.device, config.load_format, config.seed, max_model_len=max_model_len
             )
             weights.num_bytes = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
-        gpu_linear.prepare(dtype, self.device)
         self._slots = SlotTable(config.max_num_seqs, -(-max_model_len // config.block_size))
         self._batch = InputBatch(self._slots, config.max_num_batched_tokens, config.block_size, self.device)
         self._decode_batch = DecodeBatch(self._slots, self._batch)

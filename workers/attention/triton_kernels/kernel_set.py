@@ -18,7 +18,7 @@ from workers.attention.triton_kernels.decode import decode_kernel
 from workers.attention.triton_kernels.prefill import prefill_kernel
 from workers.attention.triton_kernels.rope import NO_ROPE, NORM_AND_ROTATE, ROTATE
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPlan, SplitPolicy
-from workers.kernels.triton_launch import KernelLaunch, is_interpreted
+from workers.kernels.triton_launch import KernelLaunch, can_overlap_launches
 
 #: Tokens of one cache-write program.
 WRITE_TOKENS = 32
@@ -81,6 +81,7 @@ class KernelSet:
     ) -> None:
         self.spec = spec
         self.splits = splits
+        self._device = device
         self.group = spec.num_heads // spec.num_kv_heads
         self.block_q = prefill_tile.block_m // self.group
         self._head_dim_padded = _next_power_of_2(spec.head_dim)
@@ -255,7 +256,7 @@ class KernelSet:
         cache = (s.head_dim, self._head_dim_padded, s.block_size, self._window)
         tiles = (tile.block_n, self._merge_tile, ROW_TILE)
         slots = (self.splits.max_programs, self.splits.overflow_chunks)
-        overlap = tile.overlap_launch and not is_interpreted(decode_kernel)
+        overlap = tile.overlap_launch and self._device.type == "cuda" and can_overlap_launches(self._device)
         return KernelLaunch(
             decode_kernel,
             (*tensors, *strides, _ANY, _ANY, _ANY, _ANY, _ANY, *_rope_examples(kind, data)),

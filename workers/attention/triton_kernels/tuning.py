@@ -19,7 +19,7 @@ class DecodeTile:
         num_warps: Warps per program.
         num_stages: Depth of the software pipeline; ``num_stages - 1`` tiles are in flight.
         max_registers: Of a thread, or 0 for what the compiler likes: fewer let more programs share a multiprocessor.
-        overlap_launch: Launch while the previous kernel drains (programmatic dependent launch), then wait for it.
+        overlap_launch: Launch while the previous kernel drains, then wait for it, on a device that can.
     """
 
     block_n: int
