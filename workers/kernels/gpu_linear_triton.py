@@ -20,7 +20,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.kernels.linear_tuning import (
     FEW_ROWS_COLUMNS,
@@ -34,6 +33,7 @@ from workers.kernels.linear_tuning import (
     WideTile,
     row_tile,
 )
+from workers.kernels.overlap import wait_for_kernel_before
 from workers.kernels.triton_launch import KernelLaunch, can_overlap_launches, compile_all
 
 #: Input features of each column of a few-rows program that are brought near while it waits for its turn.
@@ -75,16 +75,13 @@ def row_kernel(
     partner = num_columns.to(tl.int64) * num_features
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    # The next kernel may start to be launched. This one waits until the results of the one before are there; weights
-    # are none of those, so the first of them are loaded meanwhile.
-    if OVERLAP_LAUNCH:
-        gdc_launch_dependents()
+    # Weights are no result of the kernel before: the first of them are loaded while it drains.
     live = (features < num_features)[None, :] & in_columns[:, None]
     w = tl.load(rows + features[None, :], mask=live, other=0.0)
     if PAIRED:
         w_up = tl.load(rows + partner + features[None, :], mask=live, other=0.0)
     if OVERLAP_LAUNCH:
-        gdc_wait()
+        wait_for_kernel_before()
     for k in range(0, num_features, BLOCK_K):
         x = tl.load(x_ptr + k + features, mask=(k + features) < num_features, other=0.0).to(tl.float32)[None, :]
         ahead = k + BLOCK_K + features
@@ -136,13 +133,12 @@ def few_rows_kernel(
     acc = tl.zeros([WARPS, BLOCK_N, BLOCK_M], tl.float32)
     acc_up = tl.zeros([WARPS, BLOCK_N, BLOCK_M], tl.float32)
     if OVERLAP_LAUNCH:
-        gdc_launch_dependents()
         lines = tl.minimum(tl.arange(0, PREFETCHED // 64) * 64, num_features - 1)
         first = weight_ptr + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * num_features + lines[None, :]
         _prefetch(first)
         if PAIRED:
             _prefetch(first + partner)
-        gdc_wait()
+        wait_for_kernel_before()
     for k in range(0, num_features, WARPS * BLOCK_K):
         at = k + features
         inside = at < num_features

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.attention.triton_kernels.chunks import (
     context_begin,
@@ -35,6 +34,7 @@ from workers.attention.triton_kernels.chunks import (
 )
 from workers.attention.triton_kernels.partials import arrive, merge_chunks, store_partial
 from workers.attention.triton_kernels.rope import load_heads
+from workers.kernels.overlap import wait_for_kernel_before
 
 
 @triton.jit
@@ -171,8 +171,7 @@ def decode_kernel(
     grid_row = tl.program_id(1)
     split = tl.program_id(2)
     if OVERLAP_LAUNCH:
-        gdc_launch_dependents()  # the next kernel may be launched meanwhile, and waits as this one does
-        gdc_wait()  # launched while the previous kernel drains; its results are there from here on
+        wait_for_kernel_before()
     heads = tl.arange(0, GROUP_PADDED)
     dims = tl.arange(0, HEAD_DIM_PADDED)
     in_head = dims < HEAD_DIM

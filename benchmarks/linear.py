@@ -1,0 +1,114 @@
+"""Products of few rows: the kernels that an engine uses against cuBLAS, by shape and number of rows.
+
+    python -m benchmarks.linear --shape llama-1b llama-8b --rows 1 2 8 16 32 64
+
+Each product runs in a captured graph, one launch after another over weights that do not fit into the cache together.
+Gate and up projections are measured with their activation. Microseconds, medians of five; the floor is the weight read
+once at the bandwidth of a copy. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.offline import copy_bandwidth
+from benchmarks.shapes import SHAPES
+from workers.kernels import gpu_linear
+from workers.kernels.gpu_linear_triton import linear_kernels
+
+#: Bytes of weights that a graph runs over.
+_BYTES = 1 << 30
+
+
+def main() -> None:
+    """Parse arguments, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-1b", "llama-8b"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64])
+    args = parser.parse_args()
+    gpu_linear.prepare(torch.bfloat16, torch.device("cuda"))
+    bandwidth = copy_bandwidth()
+    rows = [
+        {"shape": shape, "product": product, "rows": num_rows, **_measure(product, *sizes, num_rows, bandwidth)}
+        for shape in args.shape
+        for product, sizes in _products(shape).items()
+        for num_rows in args.rows
+    ]
+    for row in rows:
+        print("{shape} {product} rows {rows}: {ours_us} us, cuBLAS {cublas_us}, floor {floor_us}".format_map(row))
+    device = torch.cuda.get_device_name()
+    print(json.dumps({"benchmark": "linear", "device": device, "torch": torch.__version__, "rows": rows}))
+
+
+def _products(shape: str) -> dict[str, tuple[int, int]]:
+    """Columns and features of each product of a layer, and of the head; of gate and up both halves' columns."""
+    s = SHAPES[shape]
+    hidden, inner = s["hidden_size"], s["intermediate_size"]
+    head_dim = hidden // s["num_attention_heads"]
+    return {
+        "qkv": (hidden + 2 * s["num_key_value_heads"] * head_dim, hidden),
+        "o": (hidden, hidden),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+        "head": (s["vocab_size"], hidden),
+    }
+
+
+@torch.inference_mode()
+def _measure(product: str, columns: int, features: int, num_rows: int, bandwidth: float) -> dict[str, float]:
+    count = max(2, min(24, _BYTES // (2 * columns * features)))
+    weights = [torch.randn(columns, features, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(count)]
+    x = torch.randn(num_rows, features, device="cuda", dtype=torch.bfloat16)
+    is_gated = product == "gate_up"
+    activate = linear_kernels(torch.bfloat16, torch.cuda.current_device()).silu_and_mul
+
+    def ours() -> None:
+        for weight in weights:
+            if is_gated:
+                gpu_linear.linear_silu_and_mul(x, weight)
+            else:
+                gpu_linear.linear(x, weight, None)
+
+    def cublas() -> None:
+        for weight in weights:
+            y_MN = F.linear(x, weight)
+            if is_gated:
+                activate(y_MN)
+
+    return {
+        "ours_us": round(_time(ours) / count, 2),
+        "cublas_us": round(_time(cublas) / count, 2),
+        "floor_us": round(2 * columns * features / bandwidth * 1e6, 2),
+    }
+
+
+def _time(run: Callable[[], None]) -> float:
+    """Microseconds of one replay."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    times = []
+    for _ in range(5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 2 * 1e3)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
