@@ -50,10 +50,11 @@ def _products(shape: str) -> dict[str, tuple[int, int]]:
     """Columns and features of each product of a layer, and of the head; of gate and up both halves' columns."""
     s = SHAPES[shape]
     hidden, inner = s["hidden_size"], s["intermediate_size"]
-    head_dim = hidden // s["num_attention_heads"]
+    heads, kv_heads = s["num_attention_heads"], s["num_key_value_heads"]
+    head_dim = s.get("head_dim", hidden // heads)
     return {
-        "qkv": (hidden + 2 * s["num_key_value_heads"] * head_dim, hidden),
-        "o": (hidden, hidden),
+        "qkv": ((heads + 2 * kv_heads) * head_dim, hidden),
+        "o": (hidden, heads * head_dim),
         "gate_up": (2 * inner, hidden),
         "down": (hidden, inner),
         "head": (s["vocab_size"], hidden),
@@ -90,6 +91,7 @@ def _measure(product: str, columns: int, features: int, num_rows: int, bandwidth
 
 def _time(run: Callable[[], None]) -> float:
     """Microseconds of one replay."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()

@@ -122,6 +122,15 @@ def test_chosen_rows_go_on_behind_the_last_split_op(num_tokens: int) -> None:
     assert num_rows == ([[num_tokens, num_tokens]] if keeps else [])
 
 
+@pytest.mark.parametrize("change", [{"stride": (1, 4)}, {"shape": ("8*n0", HIDDEN)}, {"shape": (HIDDEN, "n0")}])
+def test_all_rows_go_on_where_inputs_are_not_dense_rows(change: dict[str, Any]) -> None:
+    plan = split_mixing(3).plan
+    assert "keep_rows" in source(plan, keeps_rows=True)
+    record = plan.pieces[plan.piece_calls()[-1]]
+    record.inputs[0] = dataclasses.replace(record.inputs[0], **change)
+    assert "keep_rows" not in source(plan, keeps_rows=True)
+
+
 def test_all_rows_go_on_where_there_is_no_split_op() -> None:
     def keep(*tensors: torch.Tensor) -> list[torch.Tensor]:
         raise AssertionError("a piece that reads other rows than its own must have them all")

@@ -34,6 +34,22 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
         {"attention_backend": "sdpa", "compilation_config": PIECES},
         True,
     ),
+    "pieces in graphs": (
+        {
+            "attention_backend": "sdpa",
+            "compilation_config": PIECES
+            | {
+                "cudagraph_mode": "PIECEWISE",
+                "cudagraph_capture_sizes": [8, 16, 32],
+                "cudagraph_first_sizes": "all",
+            },
+        },
+        False,
+    ),
+    "pieces of one size": (
+        {"attention_backend": "sdpa", "compilation_config": PIECES | {"compile_sizes": list(range(1, 33))}},
+        False,
+    ),
     "whole": ({"attention_backend": "sdpa", "compilation_config": {"mode": "DYNAMO_TRACE_ONCE"}}, False),
 }
 
@@ -77,6 +93,9 @@ def test_each_requests_last_row_is_that_of_the_whole_batch(form: str, monkeypatc
     llm = make_llm(**options)
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+    # Alone, a prompt's first steps sample nothing.
+    llm.generate([{"prompt_token_ids": PROMPTS[2][::-1]}], params, use_tqdm=False)
+    assert steps[-3:-1] == [(32, 1), (32, 1)]
     assert sum(num_tokens for num_tokens, _ in steps) >= sum(map(len, PROMPTS))
     assert any(num_tokens > num_reqs > 1 for num_tokens, num_reqs in steps)
     assert kept == ([num_reqs for _, num_reqs in steps] if leaves_out else [])

@@ -47,7 +47,7 @@ def test_linear_is_at_least_as_accurate_as_torch(
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 100])
-@pytest.mark.parametrize(("in_features", "inner"), [(2048, 8192), (576, 1536), (128, 1000)])
+@pytest.mark.parametrize(("in_features", "inner"), [(2048, 8192), (576, 1536), (128, 1008), (128, 1000)])
 def test_gate_and_up_are_activated(num_rows: int, in_features: int, inner: int) -> None:
     x = torch.randn(num_rows, in_features, device=CUDA).bfloat16()
     weight = (torch.randn(2 * inner, in_features, device=CUDA) * 0.05).bfloat16()

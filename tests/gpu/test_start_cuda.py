@@ -71,7 +71,7 @@ def test_a_warm_start_imports_no_compiler(tmp_path: Path) -> None:
         seen = json.loads(run.stdout.splitlines()[-1])
         assert seen["hits"] == [is_warm]
         assert seen["compiler"] is seen["sympy"] is not is_warm
-        assert {"device", "artifacts", "attention kernels"} <= set(seen["names"])
+        assert {"device", "artifacts", "attention kernels", "linear kernels"} <= set(seen["names"])
 
 
 def test_pieces_that_arrive_take_over_from_the_eager_model_under_way(tmp_path: Path) -> None:

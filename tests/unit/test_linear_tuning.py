@@ -17,7 +17,7 @@ from workers.kernels.linear_tuning import (
     wide_tile,
 )
 
-#: Bytes of shared memory that a program may have on the smallest data-centre devices from Ampere on.
+#: Bytes of shared memory that a program may have on Hopper; on devices with less a kernel gets fewer stages.
 SHARED_BYTES = 227 * 1024
 
 sizes = st.integers(1, 200_000)
@@ -35,7 +35,7 @@ def test_a_chosen_tile_has_a_kernel_and_room_for_the_rows(
         assert few is wide is None
 
 
-def test_every_tile_fits_into_shared_memory() -> None:
+def test_every_tile_fits_into_hoppers_shared_memory() -> None:
     for paired, tiles in FEW_ROWS_TILES.items():
         for tile in tiles:
             rows = FEW_ROWS_COLUMNS * (2 if paired else 1) + tile.block_m

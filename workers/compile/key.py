@@ -21,7 +21,8 @@ ATTENTION_OPS = ("warmgraph::attention",)
 
 #: Inductor options unless the config says otherwise. What pieces take is settled by the plan and by the check of the
 #: arguments; asserting it again in each piece would cost the host as much as launching its kernels. From Hopper on,
-#: Inductor's kernels and the next ones start while others drain (:mod:`workers.kernels.overlap`).
+#: kernels start while those before them drain (:mod:`workers.kernels.overlap`): all of them in standalone pieces;
+#: in aoti pieces, whose launcher does not ask for it, those of our own behind Inductor's.
 DEFAULT_OPTIONS: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False, "triton.enable_pdl": True}
 
 #: Graph-affecting factors that a piece depends on besides its own key, which covers its code and the signatures of its

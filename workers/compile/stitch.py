@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from workers.compile.plan import OpStep, PieceStep, Plan, Value
+from workers.compile.plan import InputSpec, OpStep, PieceStep, Plan, Value
 
 #: Runs a stitched model: tensors in the order of the plan's arguments.
 Runner = Callable[..., Any]
@@ -95,7 +95,7 @@ def stitch(
         size: The only batch size that the pieces are compiled for, for ``wrap_piece``.
         wrap_piece: Called once for every piece call, in order.
         keep_rows: Called in every pass, before the piece behind the last split op. Only for pieces of every size, and
-            for models of whose rows that piece computes each from itself.
+            only where that piece computes every row from the same row of its inputs.
     """
     assert keep_rows is None or size is None
     names: dict[str, Any] = {f"w{index}": weights[spec.name] for index, spec in enumerate(plan.weights)}
@@ -155,12 +155,29 @@ def _targets(results: Sequence[str]) -> str:
 
 
 def _read_behind_last_op(plan: Plan) -> list[str]:
-    """What the plan's last piece reads of the batch, if a split op comes before it; else nothing."""
+    """What the plan's last piece reads of the batch, if that is rows behind a split op; else nothing."""
     last = plan.steps[-1]
     if not isinstance(last, PieceStep) or len(plan.steps) < 2 or not isinstance(plan.steps[-2], OpStep):
         return []
     inputs = zip(last.args, plan.pieces[last.piece].inputs, strict=True)
-    return list(dict.fromkeys(_text(arg) for arg, spec in inputs if spec.shape and isinstance(spec.shape[0], str)))
+    varying = [(arg, spec) for arg, spec in inputs if any(isinstance(size, str) for size in spec.shape)]
+    rows = {spec.shape[0] for _, spec in varying}
+    if len(rows) != 1 or not all(_is_dense_rows(spec) for _, spec in varying):
+        return []
+    return list(dict.fromkeys(_text(arg) for arg, _ in varying))
+
+
+def _is_dense_rows(spec: InputSpec) -> bool:
+    """Whether dimension 0 alone varies, as a size of its own, and chosen rows have the strides that all have."""
+    first, *others = spec.shape
+    if not isinstance(first, str) or not first.isidentifier():
+        return False
+    dense: list[int | str] = [1]
+    for size in reversed(others):
+        if isinstance(size, str):
+            return False
+        dense.insert(0, int(dense[0]) * size)
+    return list(spec.stride) == dense
 
 
 def _ops(plan: Plan) -> list[str]:

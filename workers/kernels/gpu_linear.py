@@ -27,7 +27,10 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x W^T + b``: ``[..., K]`` to ``[..., N]``."""
+    """``x W^T + b``: ``[..., K]`` to ``[..., N]``.
+
+    Kernels of our own read ``weight`` while the kernel before them still runs; that must not be what writes it.
+    """
     kernels = _kernels(x, weight)
     if kernels is not None:
         num_columns, num_features = weight.shape
@@ -45,7 +48,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 
 def linear_silu_and_mul(x_MK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` of ``x W^T`` = cat(gate, up): ``[M, K]`` to ``[M, N]`` for a weight ``[2N, K]``."""
+    """``silu(gate) * up`` of ``x W^T`` = cat(gate, up): ``[M, K]`` to ``[M, N]`` for a weight ``[2N, K]``.
+
+    As to when the weight is read, see :func:`linear`.
+    """
     kernels = _kernels(x_MK, weight)
     if kernels is None or weight.shape[0] % 32:
         return reference.silu_and_mul(F.linear(x_MK, weight))

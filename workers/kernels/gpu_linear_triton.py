@@ -4,9 +4,9 @@
 
 A library's kernels are made for large matrices; for few rows they leave an eighth of the memory's bandwidth unused, a
 quarter where the weight is small. Here one row is a plain reduction, and for a few rows the warps of a program share
-out the input features of 16 columns, so that even a narrow weight has programs enough to fill the device. Both are
-launched while the kernel before them drains, and have the first weights brought meanwhile. A projection to gate and up
-halves is activated in the same kernel. A language-model head has columns enough for tiles of more rows.
+out the input features of 16 columns, so that even a narrow weight has programs enough to fill the device. From Hopper
+on both are launched while the kernel before them drains, and have the first weights brought meanwhile. A projection to
+gate and up halves is activated in the same kernel. A language-model head has columns enough for tiles of more rows.
 
 Needs triton, so only :mod:`workers.kernels.gpu_linear` imports it, once there is a CUDA tensor.
 

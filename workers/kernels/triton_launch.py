@@ -99,8 +99,8 @@ class KernelLaunch:
             try:
                 _ = self._compiled[(1, 1, 1)]  # loads the binary
                 return self._compiled
-            except OutOfResources:
-                if self._options["num_stages"] == 1:
+            except OutOfResources as error:
+                if error.name != "shared memory" or self._options["num_stages"] == 1:
                     raise
                 self._options["num_stages"] -= 1
                 self._compiled = None

@@ -149,7 +149,7 @@ class DecoderLayer(nn.Module):
         positions_T: torch.Tensor,
         cos_sin_cache_PD: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (hidden, residual); ``residual_TE`` is None for the first layer."""
+        """Returns (hidden, residual), of the last layer maybe those of chosen rows; the first takes no residual."""
         if residual_TE is None:
             residual_TE, hidden_TE = hidden_TE, self.input_layernorm(hidden_TE)
         else:

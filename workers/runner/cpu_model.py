@@ -41,7 +41,7 @@ class CpuModel:
     """Calls a model, through a program wherever one applies.
 
     Args:
-        model: Eager; ``(input_ids_T, positions_T)`` to hidden states ``[T, E]``.
+        model: Eager; ``(input_ids_T, positions_T)`` to hidden states ``[T, E]``, or ``[R, E]`` if the context says so.
         backend: Its attention.
         kv_caches: Per layer; a program is bound to them.
     """

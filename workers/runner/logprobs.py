@@ -53,8 +53,8 @@ def sampled_logprobs(
 
 
 def wants_prompt_logprobs(output: SchedulerOutput) -> bool:
-    """Whether any request of a step asked for logprobs of its prompt, and so needs every row of the model's result."""
-    return any(item.request.params.prompt_logprobs is not None for item in output.scheduled)
+    """Whether a step is to give logprobs of prompt tokens, and so needs more rows than each request's last."""
+    return any(_num_prompt_rows(item) > 0 for item in output.scheduled)
 
 
 def prompt_logprobs(
@@ -68,15 +68,21 @@ def prompt_logprobs(
     chunks = {}
     first_row = 0
     for item in output.scheduled:
-        if item.request.params.prompt_logprobs is not None:
-            end = min(item.num_computed_tokens + item.num_tokens, item.request.num_prompt_tokens - 1)
-            num_rows = end - item.num_computed_tokens
-            if num_rows > 0:
-                rows_NE = hidden_TE[first_row : first_row + num_rows]
-                positions = _prompt_positions(item, rows_NE, compute_logits)
-                chunks[item.request.request_id] = PromptLogprobsChunk(item.num_computed_tokens + 1, positions)
+        num_rows = _num_prompt_rows(item)
+        if num_rows > 0:
+            rows_NE = hidden_TE[first_row : first_row + num_rows]
+            positions = _prompt_positions(item, rows_NE, compute_logits)
+            chunks[item.request.request_id] = PromptLogprobsChunk(item.num_computed_tokens + 1, positions)
         first_row += item.num_tokens
     return chunks
+
+
+def _num_prompt_rows(item: ScheduledRequest) -> int:
+    """Rows of a step that predict prompt tokens whose logprobs were asked for; the prompt's last row does not."""
+    if item.request.params.prompt_logprobs is None:
+        return 0
+    end = min(item.num_computed_tokens + item.num_tokens, item.request.num_prompt_tokens - 1)
+    return max(end - item.num_computed_tokens, 0)
 
 
 def _prompt_positions(

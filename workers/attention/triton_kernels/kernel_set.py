@@ -18,7 +18,7 @@ from workers.attention.triton_kernels.decode import decode_kernel
 from workers.attention.triton_kernels.prefill import prefill_kernel
 from workers.attention.triton_kernels.rope import NO_ROPE, NORM_AND_ROTATE, ROTATE
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPlan, SplitPolicy
-from workers.kernels.triton_launch import KernelLaunch, can_overlap_launches
+from workers.kernels.triton_launch import KernelLaunch, can_overlap_launches, is_interpreted
 
 #: Tokens of one cache-write program.
 WRITE_TOKENS = 32
@@ -256,7 +256,7 @@ class KernelSet:
         cache = (s.head_dim, self._head_dim_padded, s.block_size, self._window)
         tiles = (tile.block_n, self._merge_tile, ROW_TILE)
         slots = (self.splits.max_programs, self.splits.overflow_chunks)
-        overlap = tile.overlap_launch and self._device.type == "cuda" and can_overlap_launches(self._device)
+        overlap = tile.overlap_launch and not is_interpreted(decode_kernel) and can_overlap_launches(self._device)
         return KernelLaunch(
             decode_kernel,
             (*tensors, *strides, _ANY, _ANY, _ANY, _ANY, _ANY, *_rope_examples(kind, data)),
