@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import multiprocessing
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 import triton
 from triton.errors import TritonError
 
+from benchmarks.graph_time import time_graph
 from workers.attention.base import AttentionSpec, BatchGeometry, Rope
 from workers.attention.triton_kernels.tuning import (
     UNLIMITED,
@@ -266,25 +266,6 @@ class Bench:
             self._tables[key] = (torch.from_numpy(tables).to(self.device), sum(lens))
         return self._tables[key]
 
-    def time_graph(self, calls: Sequence[Callable[[], object]], repeats: int = 7) -> float:
-        """Microseconds per call, median over replays of one graph that holds them all."""
-        calls[0]()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        graph.replay()
-        make_event: Any = torch.cuda.Event
-        events = [make_event(enable_timing=True) for _ in range(repeats + 1)]
-        events[0].record()
-        for event in events[1:]:
-            graph.replay()
-            event.record()
-        torch.cuda.synchronize()
-        times: list[float] = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-        return statistics.median(times) / len(calls) * 1e3
-
 
 def split_heads(qkv: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Strided views of a fused projection ``[T, H + 2K, D]``."""
@@ -321,7 +302,7 @@ def run_decode(
     bench: Bench, backend: TritonPagedAttention, lens: Sequence[int], plan: SplitPlan | None = None
 ) -> dict[str, float]:
     calls, num_bytes = decode_calls(bench, backend, lens, plan)
-    us = bench.time_graph(calls)
+    us = time_graph(calls)
     return {"us": round(us, 2), "tbps": round(num_bytes / us / 1e6, 3)}
 
 
@@ -396,7 +377,7 @@ def run_overlap(bench: Bench, section: str) -> None:
                 small.add_(1.0)
                 call()
 
-            us = bench.time_graph([functools.partial(pair, call) for call in calls])
+            us = time_graph([functools.partial(pair, call) for call in calls])
             overlap = one.decode_tile.overlap_launch
             bench.record(section=section, load=f"{batch}x{context}", overlap=overlap, us=round(us, 2))
 
@@ -466,7 +447,7 @@ def time_prefill(bench: Bench, backend: TritonPagedAttention, requests: Sequence
         g = geometry
         backend.kernels.prefill(q, cache, g.block_table_RM, g.seq_lens, g.query_start_loc, out, rope)
 
-    write_us, us = (bench.time_graph([call] * 4, repeats=5) for call in (write, attend))
+    write_us, us = (time_graph([call] * 4, repeats=5) for call in (write, attend))
     return {
         "us": round(us, 1),
         "write_us": round(write_us, 1),
@@ -479,7 +460,7 @@ def time_sdpa(bench: Bench, shape: str) -> dict[str, float]:
     heads, kv_heads, head_dim = SHAPES[shape]
     q = torch.randn(1, heads, 8192, head_dim, dtype=torch.bfloat16, device=bench.device)
     k = torch.randn(1, kv_heads, 8192, head_dim, dtype=torch.bfloat16, device=bench.device)
-    us = bench.time_graph([lambda: F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)] * 4, 5)
+    us = time_graph([lambda: F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)] * 4, 5)
     spec = AttentionSpec(heads, kv_heads, head_dim, 1.0, 16, torch.bfloat16)
     return {"us": round(us, 1), "tflops": round(attention_flops(spec, [(8192, 0)]) / us / 1e6, 1)}
 
@@ -514,7 +495,7 @@ def host_us(call: Callable[[], object], calls: int = 100, rounds: int = 5) -> fl
 def copy_tbps(bench: Bench) -> float:
     """The ceiling: a device-to-device copy, bytes read plus bytes written."""
     half = bench.pool.numel() // 2
-    us = bench.time_graph([lambda: bench.pool[:half].copy_(bench.pool[half : 2 * half])] * 2)
+    us = time_graph([lambda: bench.pool[:half].copy_(bench.pool[half : 2 * half])] * 2)
     return round(half * 4 / us / 1e6, 3)
 
 

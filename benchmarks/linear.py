@@ -10,13 +10,14 @@ once at the bandwidth of a copy. Ends in one JSON line.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import statistics
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
+from benchmarks.graph_time import time_graph
 from benchmarks.offline import copy_bandwidth
 from benchmarks.shapes import SHAPES
 from workers.kernels import gpu_linear
@@ -69,47 +70,23 @@ def _measure(product: str, columns: int, features: int, num_rows: int, bandwidth
     is_gated = product == "gate_up"
     activate = linear_kernels(torch.bfloat16, torch.cuda.current_device()).silu_and_mul
 
-    def ours() -> None:
-        for weight in weights:
-            if is_gated:
-                gpu_linear.linear_silu_and_mul(x, weight)
-            else:
-                gpu_linear.linear(x, weight, None)
+    def ours(weight: torch.Tensor) -> torch.Tensor:
+        if is_gated:
+            return gpu_linear.linear_silu_and_mul(x, weight)
+        return gpu_linear.linear(x, weight, None)
 
-    def cublas() -> None:
-        for weight in weights:
-            y_MN = F.linear(x, weight)
-            if is_gated:
-                activate(y_MN)
+    def cublas(weight: torch.Tensor) -> torch.Tensor:
+        y_MN = F.linear(x, weight)
+        return activate(y_MN) if is_gated else y_MN
+
+    def time(product: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        return round(time_graph([functools.partial(product, weight) for weight in weights], repeats=5), 2)
 
     return {
-        "ours_us": round(_time(ours) / count, 2),
-        "cublas_us": round(_time(cublas) / count, 2),
+        "ours_us": time(ours),
+        "cublas_us": time(cublas),
         "floor_us": round(2 * columns * features / bandwidth * 1e6, 2),
     }
-
-
-def _time(run: Callable[[], None]) -> float:
-    """Microseconds of one replay."""
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    times = []
-    for _ in range(5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 2 * 1e3)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, arg-type"
-"""Cases for the Triton attention kernels on the CPU, in Triton's interpreter.
+"""Cases for the Triton kernels of attention and of few rows' products on the CPU, in Triton's interpreter.
 
 Run by ``test_attention_triton_interpreted.py`` in a process of its own, with ``TRITON_INTERPRET=1``; not collected by
 default. Small tiles, and chunks so short that a few dozen tokens are split.
@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
 
 from tests.paged_attention_cases import check_rope, make_case, run_case, run_last_rows
 from workers.attention.base import AttentionSpec
@@ -21,6 +22,8 @@ from workers.attention.triton_kernels import kernel_set
 from workers.attention.triton_kernels.chunks import find_overflow, overflow_before, overflow_work
 from workers.attention.triton_kernels.tuning import DecodeTile, PrefillTile, SplitPolicy
 from workers.attention.triton_paged import TritonPagedAttention
+from workers.kernels import linear_tuning
+from workers.kernels.gpu_linear_triton import LinearKernels
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +196,40 @@ def test_a_step_leaves_the_workspace_as_it_found_it(
         run_case(backend, case)
         case.check()
         assert not backend.kernels._counters.any()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2, 9, 20, 33, 65])
+@pytest.mark.parametrize(("columns", "features"), [(50, 48), (70, 4112), (256, 128)])
+def test_products_of_few_rows(
+    num_rows: int, columns: int, features: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_tuning, "WIDE_COLUMNS", 256)
+    kernels = LinearKernels(torch.float16, overlap=False, num_sms=4)
+    generator = torch.Generator().manual_seed(num_rows)
+    x = torch.randn(num_rows, features, generator=generator).half()
+    weight = (torch.randn(columns, features, generator=generator) * 0.05).half()
+    bias = torch.randn(columns, generator=generator).half() if has_bias else None
+    y = kernels.product(x, weight, bias, paired=False)
+    few, narrow, wide = num_rows <= 16, num_rows <= 32 and columns <= 4 * 16, num_rows <= 64 and columns == 256
+    is_ours = few or narrow or (wide and not has_bias)
+    assert (y is not None) is is_ours
+    if y is not None:
+        expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        assert (y.float() - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 9, 17])
+def test_gate_and_up_are_activated(num_rows: int) -> None:
+    kernels = LinearKernels(torch.float16, overlap=False, num_sms=4)
+    generator = torch.Generator().manual_seed(num_rows)
+    x, weight = torch.randn(num_rows, 528, generator=generator).half(), torch.randn(96, 528, generator=generator).half()
+    y = kernels.product(x, weight, None, paired=True)
+    assert (y is not None) is (num_rows <= 16)
+    if y is not None:
+        gate, up = F.linear(x.float(), weight.float()).chunk(2, dim=-1)
+        expected = F.silu(gate) * up
+        assert (y.float() - expected).norm() <= 1e-3 * expected.norm()
 
 
 @triton.jit

@@ -93,9 +93,11 @@ class TritonPagedAttention(AttentionBackend):
         _check_supported(spec)
         # Imported here because the module needs triton, and selecting a backend must not.
         from workers.attention.triton_kernels.kernel_set import KernelSet
+        from workers.kernels import triton_launch
 
         self.splits = splits or SplitPolicy()
-        self.num_sms = num_sms or _num_sms(device)
+        on_device = triton_launch.num_sms(device) if device.type == "cuda" else _DEFAULT_NUM_SMS
+        self.num_sms = num_sms or on_device
         self.decode_tile = decode_tile or default_decode_tile(spec.head_dim)
         self.prefill_tile = prefill_tile or _default_prefill_tile(spec, device)
         self.kernels = KernelSet(spec, device, self.decode_tile, self.prefill_tile, self.splits)
@@ -293,12 +295,6 @@ def _check_layout(tensor: torch.Tensor, num_tokens: int) -> None:
     assert tensor.shape[1] == 1 or head_stride == tensor.shape[2], "heads of a token must be dense"
     assert num_tokens <= 1 or row_stride % 16 == 0, "tokens must start at multiples of 16 elements"
     assert tensor.data_ptr() % 16 == 0, "tokens must start at multiples of 16 bytes"
-
-
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _DEFAULT_NUM_SMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ Shape suffixes: none; tensors only pass through.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -170,14 +171,9 @@ def _read_behind_last_op(plan: Plan) -> list[str]:
 def _is_dense_rows(spec: InputSpec) -> bool:
     """Whether dimension 0 alone varies, as a size of its own, and chosen rows have the strides that all have."""
     first, *others = spec.shape
-    if not isinstance(first, str) or not first.isidentifier():
-        return False
-    dense: list[int | str] = [1]
-    for size in reversed(others):
-        if isinstance(size, str):
-            return False
-        dense.insert(0, int(dense[0]) * size)
-    return list(spec.stride) == dense
+    sizes = [size for size in others if isinstance(size, int)]
+    is_rows = isinstance(first, str) and first.isidentifier() and len(sizes) == len(others)
+    return is_rows and spec.stride == tuple(math.prod(sizes[index:]) for index in range(len(spec.shape)))
 
 
 def _ops(plan: Plan) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workers.graphs.descriptor import BatchDescriptor
@@ -27,11 +27,11 @@ class LastRows:
     (:func:`keep_last_rows`). llama.cpp does the same, calling them output ids.
 
     Attributes:
-        rows_R: int32 rows of those tokens, in the order of the requests.
+        find_rows: Gives the int32 rows of those tokens, in the order of the requests.
         attn_metadata: The backend's metadata for the last layer.
     """
 
-    rows_R: torch.Tensor
+    find_rows: Callable[[], torch.Tensor]
     attn_metadata: Any
 
 
@@ -102,7 +102,7 @@ def keep_last_rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     if _current is None or _current.last_rows is None:
         return tensors
-    rows_R = _current.last_rows.rows_R
+    rows_R = _current.last_rows.find_rows()
     return tuple(tensor.index_select(0, rows_R) for tensor in tensors)
 
 

@@ -1,23 +1,20 @@
 """Linear layers on a GPU as opaque operators, each product by the fastest kernel for its sizes.
 
 Products of one row, of a few, and of up to 64 with a language-model head have kernels of their own where there is
-Triton (:mod:`workers.kernels.gpu_linear_triton`, chosen by :mod:`workers.kernels.linear_tuning`); everything else is
-cuBLAS's. The choice is made when the operator runs, so one compiled piece and one plan serve every batch size, and a
-captured graph holds the choice for its own.
+Triton (:mod:`workers.kernels.gpu_linear_triton`); everything else is cuBLAS's. The choice is made when the operator
+runs, so one compiled piece and one plan serve every batch size, and a captured graph holds the choice for its own.
 
 Shape suffixes: M = rows (tokens), K = input features, N = output features.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from workers.kernels import reference
-from workers.kernels.linear_tuning import MAX_WIDE_ROWS, few_rows_tile, wide_tile
 from workers.kernels.triton_found import has_triton
 
 if TYPE_CHECKING:
@@ -32,19 +29,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Kernels of our own read ``weight`` while the kernel before them still runs; that must not be what writes it.
     """
     kernels = _kernels(x, weight)
-    if kernels is not None:
-        num_columns, num_features = weight.shape
-        num_rows = x.numel() // num_features
-        if num_rows == 1:
-            return kernels.row(x, weight, bias, False)
-        if 1 < num_rows <= MAX_WIDE_ROWS:
-            few = few_rows_tile(num_rows, num_columns, num_features, _num_sms(x.device), paired=False)
-            if few is not None:
-                return kernels.few_rows(x, weight, bias, few, False)
-            wide = wide_tile(num_rows, num_columns, num_features)
-            if wide is not None and bias is None:
-                return kernels.wide(x, weight, wide)
-    return F.linear(x, weight, bias)
+    y = None if kernels is None else kernels.product(x, weight, bias, paired=False)
+    return F.linear(x, weight, bias) if y is None else y
 
 
 def linear_silu_and_mul(x_MK: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -55,19 +41,8 @@ def linear_silu_and_mul(x_MK: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     kernels = _kernels(x_MK, weight)
     if kernels is None or weight.shape[0] % 32:
         return reference.silu_and_mul(F.linear(x_MK, weight))
-    num_rows, (num_columns, num_features) = x_MK.shape[0], weight.shape
-    if num_rows == 1:
-        return kernels.row(x_MK, weight, None, True)
-    if 1 < num_rows <= MAX_WIDE_ROWS:
-        few = few_rows_tile(num_rows, num_columns // 2, num_features, _num_sms(x_MK.device), paired=True)
-        if few is not None:
-            return kernels.few_rows(x_MK, weight, None, few, True)
-    return kernels.silu_and_mul(F.linear(x_MK, weight))
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    y_MN = kernels.product(x_MK, weight, None, paired=True)
+    return kernels.silu_and_mul(F.linear(x_MK, weight)) if y_MN is None else y_MN
 
 
 def prepare(dtype: torch.dtype, device: torch.device) -> None:

@@ -26,15 +26,18 @@ from workers.kernels.linear_tuning import (
     FEW_ROWS_TILES,
     FEW_ROWS_WARPS,
     LONG_ROW,
+    MAX_WIDE_ROWS,
     PAIRED_ROW,
     SHORT_ROW,
     WIDE_TILES,
     FewRowsTile,
     WideTile,
+    few_rows_tile,
     row_tile,
+    wide_tile,
 )
 from workers.kernels.overlap import wait_for_kernel_before
-from workers.kernels.triton_launch import KernelLaunch, can_overlap_launches, compile_all
+from workers.kernels.triton_launch import KernelLaunch, can_overlap_launches, compile_all, num_sms
 
 #: Input features of each column of a few-rows program that are brought near while it waits for its turn.
 _PREFETCHED_FEATURES = 1024
@@ -206,9 +209,11 @@ class LinearKernels:
     Args:
         dtype: Of 2 bytes.
         overlap: Launch them while the kernel before drains.
+        num_sms: Multiprocessors of the device.
     """
 
-    def __init__(self, dtype: torch.dtype, *, overlap: bool) -> None:
+    def __init__(self, dtype: torch.dtype, *, overlap: bool, num_sms: int) -> None:
+        self._num_sms = num_sms
         # Any number of columns, and features that are a multiple of 16: only then are loads 16 bytes wide.
         sizes = (2, 16)
         tensors = (dtype, dtype, dtype, dtype)
@@ -235,7 +240,7 @@ class LinearKernels:
             for paired, tiles in FEW_ROWS_TILES.items()
             for tile in tiles
         }
-        self._wide = {
+        self._wide_tiles = {
             tile: KernelLaunch(
                 wide_kernel,
                 (dtype, dtype, dtype, 2, *sizes),
@@ -249,9 +254,29 @@ class LinearKernels:
 
     def launches(self) -> list[KernelLaunch]:
         """Every kernel."""
-        return [*self._rows.values(), *self._few_rows.values(), *self._wide.values(), self._silu]
+        return [*self._rows.values(), *self._few_rows.values(), *self._wide_tiles.values(), self._silu]
 
-    def row(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, paired: bool) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, paired: bool
+    ) -> torch.Tensor | None:
+        """``x W^T + b``: ``[..., K]`` to ``[..., N]``; None where cuBLAS is as fast or faster.
+
+        Args:
+            paired: The weight has two halves, gate and up, and the result is activated.
+        """
+        num_columns, num_features = _sizes(weight, paired)
+        num_rows = x.numel() // num_features
+        if num_rows == 1:
+            return self._row(x, weight, bias, paired)
+        if not 1 < num_rows <= MAX_WIDE_ROWS:
+            return None
+        few = few_rows_tile(num_rows, num_columns, num_features, self._num_sms, paired=paired)
+        if few is not None:
+            return self._few(x, weight, bias, few, paired)
+        wide = None if paired or bias is not None else wide_tile(num_rows, num_columns, num_features)
+        return None if wide is None else self._wide(x, weight, wide)
+
+    def _row(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, paired: bool) -> torch.Tensor:
         """``[..., K]`` with one row to ``[..., N]``."""
         num_columns, num_features = _sizes(weight, paired)
         tile = row_tile(num_features, paired=paired)
@@ -268,7 +293,7 @@ class LinearKernels:
         )
         return y
 
-    def few_rows(
+    def _few(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: FewRowsTile, paired: bool
     ) -> torch.Tensor:
         """``[..., K]`` with at most ``tile.block_m`` rows to ``[..., N]``."""
@@ -287,12 +312,12 @@ class LinearKernels:
         )
         return y
 
-    def wide(self, x: torch.Tensor, weight: torch.Tensor, tile: WideTile) -> torch.Tensor:
+    def _wide(self, x: torch.Tensor, weight: torch.Tensor, tile: WideTile) -> torch.Tensor:
         """``[..., K]`` with at most ``tile.block_m`` rows to ``[..., N]``."""
         num_columns, num_features = weight.shape
         y = x.new_empty(*x.shape[:-1], num_columns)
         grid = (triton.cdiv(num_columns, tile.block_n), 1, 1)
-        self._wide[tile](grid, x, weight, y, x.numel() // num_features, num_columns, num_features)
+        self._wide_tiles[tile](grid, x, weight, y, x.numel() // num_features, num_columns, num_features)
         return y
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -312,6 +337,6 @@ def _sizes(weight: torch.Tensor, paired: bool) -> tuple[int, int]:
 @functools.cache
 def linear_kernels(dtype: torch.dtype, device_index: int) -> LinearKernels:
     """The kernels for a dtype, loaded into the current device's context."""
-    kernels = LinearKernels(dtype, overlap=can_overlap_launches(device_index))
+    kernels = LinearKernels(dtype, overlap=can_overlap_launches(device_index), num_sms=num_sms(device_index))
     compile_all(kernels.launches())
     return kernels

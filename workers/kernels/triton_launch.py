@@ -125,6 +125,11 @@ def can_overlap_launches(device: torch.device | int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def num_sms(device: torch.device | int) -> int:
+    """Multiprocessors of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def compile_all(launches: Sequence[KernelLaunch], num_threads: int = 8) -> None:
     """Compile side by side, then load."""
     with ThreadPoolExecutor(num_threads) as pool, triton.AsyncCompileMode(pool):

@@ -176,11 +176,10 @@ class GraphedModel:
             Hidden states ``[R, E]``, valid until the next call.
         """
         geometry = inputs.geometry
-        rows_R = geometry.last_rows()
-        with self._context(geometry, mode, descriptor, rows_R if mode is _NO_GRAPH else None):
+        with self._context(geometry, mode, descriptor, last_rows_only=mode is _NO_GRAPH):
             hidden: torch.Tensor = self._forward(inputs.input_ids_T, inputs.positions_T)
         # Not every form of the model leaves rows out; and if there are as many rows as requests, they are these.
-        return hidden if len(hidden) == geometry.num_reqs else hidden.index_select(0, rows_R)
+        return hidden if len(hidden) == geometry.num_reqs else hidden.index_select(0, geometry.last_rows())
 
     def run_decode(
         self, inputs: DecodeInputs, plan: SamplingPlan, mode: CUDAGraphMode, descriptor: BatchDescriptor
@@ -304,11 +303,12 @@ class GraphedModel:
         geometry: BatchGeometry,
         mode: CUDAGraphMode,
         descriptor: BatchDescriptor,
-        last_rows_R: torch.Tensor | None = None,
+        *,
+        last_rows_only: bool = False,
     ) -> AbstractContextManager[ForwardContext]:
         backend = self._attn_backend
         metadata = backend.build_metadata(geometry)
-        last = None if last_rows_R is None else LastRows(last_rows_R, backend.for_last_rows(metadata))
+        last = LastRows(geometry.last_rows, backend.for_last_rows(metadata)) if last_rows_only else None
         return set_forward_context(ForwardContext(backend, metadata, self._kv_caches, mode, descriptor, last))
 
     def _decode_context(

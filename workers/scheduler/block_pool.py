@@ -128,17 +128,15 @@ class BlockPool:
     def free(self, request: Request) -> None:
         """Take back all of the request's blocks; cached content stays until they are handed out again."""
         block_ids, request.block_ids = request.block_ids, []
-        ref_counts, hash_of, empty, cached = self._ref_counts, self._hash_of, self._free_empty, self._free_cached
+        ref_counts, hash_of = self._ref_counts, self._hash_of
         # Last block first, so that the least shareable end of the sequence is evicted first.
         for block_id in reversed(block_ids):
             count = ref_counts[block_id] - 1
             assert count >= 0, f"block {block_id} was freed twice"
             ref_counts[block_id] = count
             if count == 0:
-                if hash_of[block_id] is None:
-                    empty[block_id] = None
-                else:
-                    cached[block_id] = None
+                place = self._free_empty if hash_of[block_id] is None else self._free_cached
+                place[block_id] = None
 
     def name_blocks(self, request: Request, stop: int) -> None:
         """Hash blocks up to ``stop - 1`` of the request, so that :meth:`register` need not."""
